@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Union as Either
 
 from surgery.language.source import NOWHERE, Span
 
 
 @dataclass(frozen=True)
 class Role:
-    """Parts by meaning: `attn.q`, `ffn`, `embed`, `base`; also `linear` and `layers`, written `all linear`, `all layers`."""
+    """Parts by meaning: `attn.q`, `ffn`, `base`; also `linear` and `layers`, written `all linear`, `all layers`."""
 
     name: str
     span: Span = field(default=NOWHERE, compare=False, repr=False)
@@ -64,4 +63,4 @@ class Difference:
     span: Span = field(default=NOWHERE, compare=False, repr=False)
 
 
-Selector = Either[Role, Glob, Layers, Union, Intersection, Difference]
+Selector = Role | Glob | Layers | Union | Intersection | Difference

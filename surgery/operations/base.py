@@ -1,0 +1,115 @@
+"""What a method is: a frozen dataclass whose fields are its options, with the place, phase and promises of its edit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from surgery.language.selector import Selector
+from surgery.operations.options import (
+    Count,
+    File,
+    Flag,
+    Number,
+    Payload,
+    Ratio,
+    SameAs,
+    Selection,
+    Share,
+    Text,
+    Variant,
+    Word,
+    flag,
+    kind,
+    option,
+    payload,
+    quantity,
+    same_as,
+    schema,
+)
+
+if TYPE_CHECKING:
+    from surgery.anatomy.parts import Kind, Part
+
+Phase = Literal["shrink", "mask", "route", "quantize", "attach", "train", "schedule"]
+Granularity = Literal["part", "tensor", "module"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """Base of all methods.
+
+    verb: the word that starts its statements. phase: when the compiler runs it.
+    acts_on: kinds of parts it takes. default_selector: what it acts on when nothing is said; None: must be said.
+    leads: the selector may come right after the verb, `quantize base nf4`.
+    granularity: "part" one site per role; "tensor" the parts of one path are one site; "module" one site per module.
+    """
+
+    verb: ClassVar[str]
+    phase: ClassVar[Phase]
+    acts_on: ClassVar[tuple[Kind, ...]] = ()
+    default_selector: ClassVar[Selector | None] = None
+    leads: ClassVar[bool] = False
+    granularity: ClassVar[Granularity] = "part"
+
+    def __post_init__(self) -> None:
+        for declared in schema(type(self)):
+            value = getattr(self, declared.name)
+            if isinstance(value, SameAs):
+                copied = getattr(self, value.field)
+                object.__setattr__(self, declared.name, float(copied) if declared.forms == ("number",) else copied)
+
+    def __str__(self) -> str:
+        """The verb and every option that is not at its default, as written in a program."""
+        from surgery.language.write import operation_text
+
+        return operation_text(self)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether a tokenizer is required."""
+        return False
+
+    def validate(self) -> Iterable[tuple[str, str, str]]:
+        """Faults between options, as (field name, message, help); the fields' own ranges hold already."""
+        return ()
+
+    def fits(self, part: Part) -> str | None:
+        """Why this part cannot take the operation, None when it can. Runs while planning, on shapes alone."""
+        return None
+
+    def promises(self) -> tuple[str, ...]:
+        """Names of the promises that hold with these options."""
+        return ()
+
+    def rewrite(self, site: Any) -> None:
+        """Edits the structure of one site; works on the meta device."""
+
+    def fill(self, sites: Any, context: Any) -> None:
+        """Computes data for the sites, with weights present: masks from scores, prefixes from texts."""
+
+
+__all__ = [
+    "Count",
+    "File",
+    "Flag",
+    "Granularity",
+    "Number",
+    "Operation",
+    "Payload",
+    "Phase",
+    "Ratio",
+    "Selection",
+    "Share",
+    "Text",
+    "Variant",
+    "Word",
+    "flag",
+    "kind",
+    "option",
+    "payload",
+    "quantity",
+    "same_as",
+    "schema",
+]

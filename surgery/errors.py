@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from surgery.language.source import Span
+
+
+Error = TypeVar("Error", bound="SurgeryError")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class SurgeryError(Exception):
         self.diagnostics = diagnostics
 
     @classmethod
-    def of(cls, code: str, message: str, span: Span | None = None, label: str = "", help: str = "") -> SurgeryError:
+    def of(
+        cls: type[Error], code: str, message: str, span: Span | None = None, label: str = "", help: str = ""
+    ) -> Error:
         """The common case, one diagnostic: `raise ModelError.of("S201", "...", span)`."""
         return cls(Diagnostic(code, message, span, label, help))
 

@@ -1,0 +1,69 @@
+"""Say what to change in a pretrained network; have it done, and checked. Names load when first used (PEP 562)."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.anatomy import study as study
+    from surgery.checkpoint.load import load as load
+    from surgery.checkpoint.save import save as save
+    from surgery.compiler import activate as activate
+    from surgery.compiler import apply as apply
+    from surgery.compiler import disabled as disabled
+    from surgery.compiler import merge as merge
+    from surgery.compiler import parameters as parameters
+    from surgery.compiler import plan as plan
+    from surgery.errors import SurgeryError as SurgeryError
+    from surgery.language import load_program as load_program
+    from surgery.language import parse as parse
+    from surgery.verify import verify as verify
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "SurgeryError": "surgery.errors",
+    "activate": "surgery.compiler",
+    "apply": "surgery.compiler",
+    "disabled": "surgery.compiler",
+    "load": "surgery.checkpoint.load",
+    "load_program": "surgery.language",
+    "merge": "surgery.compiler",
+    "parameters": "surgery.compiler",
+    "parse": "surgery.language",
+    "plan": "surgery.compiler",
+    "save": "surgery.checkpoint.save",
+    "study": "surgery.anatomy",
+    "verify": "surgery.verify",
+}
+
+__all__ = [
+    "SurgeryError", "__version__", "activate", "apply", "disabled", "load", "load_program", "merge", "parameters",
+    "parse", "plan", "save", "study", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `surgery.verify` the function: importing the subpackage of that name would replace it by the subpackage."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

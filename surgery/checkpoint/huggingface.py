@@ -19,8 +19,8 @@ __all__ = ["PICKLES", "TOKENIZER_FILES", "config", "load", "quiet", "skeleton", 
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
-    "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm",
+    "target.spm", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

@@ -1,0 +1,100 @@
+"""surgery.json: what was done to which model, and every tensor's place, shape and digest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import CheckpointError
+
+FORMAT = 1
+NAME = "surgery.json"
+BASE, ADDED = "model.safetensors", "surgery.safetensors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: its file, digest (BLAKE2b, 128 bits, of the bytes in the file) and key there.
+
+    key: its name in the file where that differs from its name in the model.
+    bits: shape of a boolean mask whose file has eight flags to a byte; None for what is stored as it is.
+    """
+
+    file: str
+    digest: str
+    key: str | None = None
+    bits: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of surgery.json.
+
+    program: canonical text. plan: the resolved sites, as `Plan.to_json`. model_class: `module:QualName`.
+    origin: MODEL that the base came from, None where only its class is known.
+    settings: what config.json leaves out (attention implementation). ties: name -> name of the tensor it is.
+    trainable: parameters that require gradients. training: modules' mode. promises: as `Report.to_json`, of `verify`.
+    """
+
+    version: str
+    program: str
+    seed: int
+    plan: Mapping[str, Any]
+    model_class: str
+    origin: str | None
+    tensors: Mapping[str, Entry]
+    ties: Mapping[str, str] = field(default_factory=dict)
+    trainable: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    promises: Mapping[str, Any] | None = None
+    format: int = FORMAT
+
+    def write(self, directory: Path) -> None:
+        """Into a directory, which is not synced here."""
+        data = asdict(self)
+        data["tensors"] = {
+            name: {key: value for key, value in asdict(entry).items() if value is not None}
+            for name, entry in sorted(self.tensors.items())
+        }
+        data = {"format": data.pop("format"), **data}
+        (directory / NAME).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Errors: S440 no such file or not ours, S441 written by a newer version."""
+        path = directory / NAME
+        try:
+            data = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError.of(
+                "S440", f"`{directory}` is not the output of `surgery apply`: it has no {NAME}"
+            ) from None
+        except OSError as error:
+            raise CheckpointError.of("S440", f"`{path}` cannot be read: {error.strerror or error}") from None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError.of("S440", f"`{path}` is not JSON ({error})") from None
+        if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
+            raise CheckpointError.of(
+                "S441",
+                f"`{path}` has format {data['format']}; this version reads {FORMAT}",
+                help="pip install -U model-surgery",
+            )
+        try:
+            data["tensors"] = {str(name): _entry(value) for name, value in data["tensors"].items()}
+            data["trainable"] = tuple(data["trainable"])
+            manifest = cls(**data)
+            if not isinstance(manifest.program, str) or not isinstance(manifest.plan, dict):
+                raise TypeError("program or plan")
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise CheckpointError.of("S440", f"`{path}` is not a manifest of ours ({error})") from None
+        return manifest
+
+
+def _entry(data: Mapping[str, Any]) -> Entry:
+    entry = Entry(**{**data, "bits": tuple(data["bits"]) if "bits" in data else None})
+    if entry.file not in (BASE, ADDED):
+        raise ValueError(f"file {entry.file}")
+    return entry

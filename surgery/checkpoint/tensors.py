@@ -1,0 +1,108 @@
+"""Write and read tensors as safetensors, one at a time, with a digest of each; memory follows the largest tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgery.checkpoint.header import Header, TensorInfo
+from surgery.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAMES: Mapping[torch.dtype, str] = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+}  # fmt: skip
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+Tell = Callable[[int], object]  # told the number of bytes done since the last time
+
+
+def silent(_: int) -> None:
+    """Tell nobody."""
+
+
+def digest(tensor: Tensor) -> str:
+    """BLAKE2b (128 bits, hexadecimal) of a tensor's bytes in row-major order."""
+    return hashlib.blake2b(_bytes(tensor), digest_size=16).hexdigest()
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], tell: Tell = silent) -> dict[str, str]:
+    """Write a safetensors file and give the digest of each tensor, by name. Wider dtypes come first, so data is aligned.
+
+    Errors: S420 for a dtype that the format lacks; OSError as the system raises it.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in NAMES:
+            raise CheckpointError.of("S420", f"{name} has dtype {tensor.dtype}, which safetensors cannot hold")
+        size = tensor.numel() * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [place, place + size],
+        }
+        place += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digests: dict[str, str] = {}
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in order:
+            data = _bytes(tensors[name])
+            file.write(data)
+            digests[name] = hashlib.blake2b(data, digest_size=16).hexdigest()
+            tell(len(data))
+    return digests
+
+
+def read(header: Header, tell: Tell = silent) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a file with its name, in the order of the file, on the CPU. Error: S412 for a dtype unknown here."""
+    with header.path.open("rb") as file:
+        for info in header.tensors:
+            tensor = _empty(header.path, info)
+            file.seek(info.start)
+            data = _bytes(tensor)
+            if file.readinto(data) != len(data):
+                raise CheckpointError.of("S411", f"`{header.path}` is truncated inside {info.name}")
+            tell(len(data))
+            yield info.name, tensor
+
+
+def pack_bits(flags: Tensor) -> Tensor:
+    """Booleans as uint8 with eight to a byte, first one in the lowest bit; row-major, the last byte filled with zeros."""
+    flat = flags.reshape(-1).to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8)
+    return (flat * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, shape: Iterable[int]) -> Tensor:
+    """Inverse of `pack_bits`: bool of the given shape."""
+    shape = torch.Size(shape)
+    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.reshape(-1)[: shape.numel()].to(torch.bool).reshape(shape)
+
+
+def _empty(path: Path, info: TensorInfo) -> Tensor:
+    if info.dtype not in DTYPES:
+        raise CheckpointError.of("S412", f"`{path}`: {info.name} has dtype {info.dtype}, which is not supported")
+    return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The tensor's memory where it is contiguous on the CPU, a copy otherwise."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(bytearray())

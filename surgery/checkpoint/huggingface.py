@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["PICKLES", "TOKENIZER_FILES", "config", "load", "quiet", "skeleton", "tokenizer"]
+__all__ = [
+    "PICKLES", "TOKENIZER_FILES", "config", "dtype_of", "find_class", "load", "quiet", "skeleton",
+    "skeleton_of", "tokenizer",
+]  # fmt: skip
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
@@ -60,13 +63,15 @@ def skeleton(directory: Path, *, meta: bool) -> nn.Module:
     return skeleton_of(cls, settings, _dtype(directory, settings), meta=meta, where=directory)
 
 
-def skeleton_of(cls: Any, settings: Any, dtype: torch.dtype, *, meta: bool, where: Path) -> nn.Module:
-    """As `skeleton`, from a class and its config object."""
+def skeleton_of(
+    cls: Any, settings: Any, dtype: torch.dtype, *, meta: bool, where: Path, options: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """As `skeleton`, from a class and its config object; options: `attn_implementation` and the like."""
     import torch
     from transformers.initialization import no_init_weights
 
     with quiet(), _told(where), torch.device("meta" if meta else "cpu"), no_init_weights():
-        model = cls._from_config(settings, dtype=dtype)
+        model = cls._from_config(settings, dtype=dtype, **(options or {}))
         model.tie_weights()
     model.name_or_path = str(where)
     return model.eval()  # type: ignore[no-any-return]
@@ -87,8 +92,11 @@ def tokenizer(directory: Path) -> Any | None:
         raise CheckpointError.of("S407", f"the tokenizer in `{directory}` cannot be read: {why}") from None
 
 
-def config(directory: Path) -> Any:
-    """The config object of a directory. Errors: S403 none or not JSON, S405 a type this transformers does not know."""
+def config(directory: Path, *, quantized: bool = False) -> Any:
+    """The config object of a directory. quantized: one that says so is welcome, and what it says is left out.
+
+    Errors: S403 none or not JSON, S405 a type this transformers does not know, S406 quantized and not welcome.
+    """
     path = directory / "config.json"
     try:
         data = json.loads(path.read_text("utf-8"))
@@ -102,7 +110,7 @@ def config(directory: Path) -> Any:
         raise CheckpointError.of("S403", f"`{path}` is not JSON ({error})") from None
     if not isinstance(data, dict):
         raise CheckpointError.of("S403", f"`{path}` is not a JSON object")
-    if data.get("quantization_config"):
+    if data.get("quantization_config") and not quantized:
         raise CheckpointError.of(
             "S406",
             f"the model in `{directory}` is quantized already",
@@ -112,7 +120,10 @@ def config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     with quiet(), _told(directory):
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        settings = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    return settings
 
 
 def find_class(name: str) -> Any | None:
@@ -170,7 +181,7 @@ def _dtype(directory: Path, settings: Any) -> torch.dtype:
     import torch
 
     if settings.dtype is not None:
-        return _torch_dtype(settings.dtype)
+        return dtype_of(settings.dtype)
     try:
         headers: tuple[Header, ...] = check_checkpoint(directory)
     except CheckpointError:
@@ -178,14 +189,15 @@ def _dtype(directory: Path, settings: Any) -> torch.dtype:
     for header in headers:
         for tensor in header.tensors:
             if tensor.dtype in DTYPES:
-                return _torch_dtype(DTYPES[tensor.dtype])
+                return dtype_of(DTYPES[tensor.dtype])
     return torch.float32
 
 
-def _torch_dtype(name: Any) -> torch.dtype:
+def dtype_of(name: Any) -> torch.dtype:
+    """The dtype that a config names; float32 where it names none."""
     import torch
 
-    dtype = getattr(torch, name) if isinstance(name, str) else name
+    dtype = getattr(torch, name) if isinstance(name, str) else name or torch.float32
     assert isinstance(dtype, torch.dtype)
     return dtype
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Held:
     """A parameter or buffer. Where several names mean one tensor (ties), `names` has them all, the first one first.
 
-    places: (module, name in it) of every holder, replaced originals included, so that a new tensor can be put everywhere.
+    places: (module, name in it) of every holder, replaced originals included.
     added: a program put it there. persistent: a state dict has it.
     """
 

@@ -17,7 +17,7 @@ MODEL_FILES = ("surgery.json", "config.json")
 
 
 def check_target(target: Path, force: bool = False) -> None:
-    """Refuse early, before any work is done: S430 it exists, S431 it cannot be made, S432 it is not a model to replace."""
+    """Refuse early, before any work is done: S430 exists, S431 cannot be made, S432 no model to replace."""
     target = _absolute(target)
     if target.is_symlink() or target.exists():
         if not force:

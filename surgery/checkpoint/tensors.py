@@ -36,7 +36,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], tell: Tell = silent) -> dict[str, str]:
-    """Write a safetensors file and give the digest of each tensor, by name. Wider dtypes come first, so data is aligned.
+    """Write a safetensors file and give the digest of each tensor, by name. Wider dtypes first: data is aligned.
 
     Errors: S420 for a dtype that the format lacks; OSError as the system raises it.
     """
@@ -69,7 +69,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], tell: Tell = silent) -> dic
 
 
 def read(header: Header, tell: Tell = silent) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a file with its name, in the order of the file, on the CPU. Error: S412 for a dtype unknown here."""
+    """Every tensor of a file with its name, in the order of the file, on the CPU. Error: S412 for an unknown dtype."""
     with header.path.open("rb") as file:
         for info in header.tensors:
             tensor = _empty(header.path, info)
@@ -82,7 +82,7 @@ def read(header: Header, tell: Tell = silent) -> Iterator[tuple[str, Tensor]]:
 
 
 def pack_bits(flags: Tensor) -> Tensor:
-    """Booleans as uint8 with eight to a byte, first one in the lowest bit; row-major, the last byte filled with zeros."""
+    """Booleans as uint8 with eight to a byte, row-major, the first in the lowest bit; filled up with zeros."""
     flat = flags.reshape(-1).to(torch.uint8)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
     weights = 2 ** torch.arange(8, dtype=torch.uint8)
@@ -105,4 +105,4 @@ def _empty(path: Path, info: TensorInfo) -> Tensor:
 def _bytes(tensor: Tensor) -> memoryview:
     """The tensor's memory where it is contiguous on the CPU, a copy otherwise."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(bytearray())
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(bytearray())

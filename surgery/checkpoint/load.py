@@ -1,0 +1,130 @@
+"""Read what `save` wrote: an empty model, rewritten as the plan says, then filled with the saved bits."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.checkpoint import huggingface
+from surgery.checkpoint import tensors as files
+from surgery.checkpoint.header import Header, read_header
+from surgery.checkpoint.inventory import Held, inventory, put
+from surgery.checkpoint.manifest import Entry, Manifest
+from surgery.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def load(path: str | Path, model: nn.Module | None = None, *, tell: files.Tell = files.silent) -> nn.Module:
+    """The model that `surgery.save` wrote to a directory: on the CPU, in eval mode, ready to train on.
+
+    model: the untransformed base, rewritten and filled in place; needed where the directory does not say how to build
+        it (a plain torch module that came from no MODEL).
+    tell: called with the number of bytes read since its last call.
+    Errors: S410 to S413 the tensor files, S440 to S446 the manifest or what it says.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError.of("S401", f"no directory `{directory}`")
+    manifest = Manifest.read(directory)
+    headers = _headers(directory, manifest)
+    if model is None:
+        model = _skeleton(directory, manifest)
+    elif "_surgery" in model.__dict__:
+        raise CheckpointError.of("S446", "`model=` is transformed already; give the untransformed base")
+    _replay(model, manifest)
+    _fill(inventory(model), manifest, headers, tell)
+    return model.eval()
+
+
+def _headers(directory: Path, manifest: Manifest) -> list[Header]:
+    """Of every file that the manifest names, holding just the tensors it names."""
+    headers = []
+    for file in sorted({entry.file for entry in manifest.tensors.values()}):
+        header = read_header(directory / file)
+        wanted = {entry.key or name for name, entry in manifest.tensors.items() if entry.file == file}
+        held = {tensor.name for tensor in header.tensors}
+        _same_names(wanted, held, f"`{header.path}`")
+        headers.append(header)
+    return headers
+
+
+def _same_names(wanted: set[str], held: set[str], where: str) -> None:
+    for names, what in ((wanted - held, "lacks"), (held - wanted, "has unexpected")):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise CheckpointError.of("S442", f"{where} {what} {len(names)} of the manifest's tensors: {some}")
+
+
+def _skeleton(directory: Path, manifest: Manifest) -> nn.Module:
+    """The base without weights: transformers' own classes from config.json, others from their MODEL."""
+    module, _, name = manifest.model_class.partition(":")
+    if module.split(".")[0] == "transformers":
+        cls = huggingface.find_class(name) or getattr(importlib.import_module(module), name, None)
+        if cls is None:
+            raise CheckpointError.of("S443", f"this transformers has no class {name}")
+        settings = huggingface.config(directory, quantized=True)
+        return huggingface.skeleton_of(
+            cls,
+            settings,
+            huggingface.dtype_of(settings.dtype),
+            meta=False,
+            where=directory,
+            options=manifest.settings,
+        )
+    if manifest.origin is None or ":" not in manifest.origin:
+        raise CheckpointError.of(
+            "S444",
+            f"`{directory}` does not say how to build {manifest.model_class}",
+            help="surgery.load(path, model=...) with the untransformed base",
+        )
+    from surgery.checkpoint import models
+
+    return models.load(manifest.origin).model
+
+
+def _replay(model: nn.Module, manifest: Manifest) -> None:
+    """Rewrite the structure as the plan says: no seeds drawn, no data computed."""
+    from surgery.compiler.apply import install
+    from surgery.compiler.plan import Plan
+    from surgery.language import parse
+
+    program = parse(manifest.program, name="surgery.json")
+    try:
+        plan = Plan.from_json(manifest.plan, program)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError.of("S440", f"the manifest's plan cannot be read ({error})") from None
+    install(model, plan, hollow=True)
+
+
+def _fill(held: dict[str, Held], manifest: Manifest, headers: list[Header], tell: files.Tell) -> None:
+    _same_names(set(held), set(manifest.tensors), "the directory")
+    ties = {name: one.name for one in held.values() for name in one.names[1:]}
+    if ties != dict(manifest.ties):
+        raise CheckpointError.of("S445", "the model ties other tensors than the saved one did")
+    names = {(entry.file, entry.key or name): name for name, entry in manifest.tensors.items()}
+    for header in headers:
+        for key, tensor in files.read(header, tell):
+            name = names[header.path.name, key]
+            put(held[name], _decoded(name, tensor, manifest.tensors[name], held[name]))
+    trainable = set(manifest.trainable)
+    for name, one in held.items():
+        if one.parameter and one.tensor.is_floating_point():
+            one.tensor.requires_grad_(name in trainable)
+
+
+def _decoded(name: str, tensor: Tensor, entry: Entry, held: Held) -> Tensor:
+    """The tensor as the model holds it, its digest and shape checked."""
+    if files.digest(tensor) != entry.digest:
+        raise CheckpointError.of(
+            "S412", f"{name} is not what was saved: its digest differs", help="copy the directory again"
+        )
+    if entry.bits is not None:
+        tensor = files.unpack_bits(tensor, entry.bits)
+    if tensor.shape != held.tensor.shape:
+        raise CheckpointError.of(
+            "S442", f"{name} has shape {tuple(tensor.shape)}; this model's is {tuple(held.tensor.shape)}"
+        )
+    return tensor

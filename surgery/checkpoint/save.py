@@ -1,0 +1,129 @@
+"""Write a transformed model to a directory: base tensors under base names, what the program added beside them."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgery.checkpoint import tensors as files
+from surgery.checkpoint.huggingface import TOKENIZER_FILES
+from surgery.checkpoint.inventory import Held, inventory
+from surgery.checkpoint.manifest import ADDED, BASE, Entry, Manifest
+from surgery.checkpoint.staging import staged
+from surgery.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    force: bool = False,
+    origin: str | None = None,
+    tokenizer: Any | None = None,
+    tell: files.Tell = files.silent,
+) -> None:
+    """Write a model that `surgery.apply` transformed; `surgery.load(path)` gives the same bits.
+
+    path: a new directory, which appears whole or not at all. force: replace a model that lies there.
+    origin: MODEL that the base came from, where the model does not tell (`FILE.py:FUNCTION` of a plain module).
+    tokenizer: saved too; by default the files of the base's directory are copied.
+    tell: called with the number of bytes written since its last call.
+    Errors: S420 dtypes safetensors lacks, S421 not transformed, S430 to S433 the directory.
+    """
+    record = model.__dict__.get("_surgery")
+    if record is None:
+        raise CheckpointError.of(
+            "S421",
+            "this model was not transformed, or has been merged: there is nothing of ours to save",
+            help="save it as its library does, `model.save_pretrained(path)`",
+        )
+    from surgery import __version__
+
+    held = inventory(model)
+    with staged(Path(path), force) as partial:
+        entries: dict[str, Entry] = {}
+        for file, group in _files(held).items():
+            entries |= _write(partial / file, group, tell)
+        _write_config(model, partial, origin, tokenizer)
+        Manifest(
+            version=__version__,
+            program=str(record.program),
+            seed=record.program.seed,
+            plan=record.plan.to_json(),
+            model_class=f"{type(model).__module__}:{type(model).__qualname__}",
+            origin=origin or _origin(model),
+            tensors=entries,
+            ties={name: one.name for one in held.values() for name in one.names[1:]},
+            trainable=tuple(one.name for one in held.values() if one.parameter and one.tensor.requires_grad),
+            settings=_settings(model),
+        ).write(partial)
+
+
+def bytes_of(model: nn.Module) -> int:
+    """How many bytes `save` will write, near enough for a progress bar."""
+    return sum(one.tensor.numel() * one.tensor.dtype.itemsize for one in inventory(model).values())
+
+
+def _files(held: Mapping[str, Held]) -> dict[str, dict[str, Tensor]]:
+    groups: dict[str, dict[str, Tensor]] = {BASE: {}, ADDED: {}}
+    for name, one in held.items():
+        if one.tensor.is_meta:
+            raise CheckpointError.of("S422", f"{name} is on the meta device: there are no weights to save")
+        groups[ADDED if one.added or not one.persistent else BASE][name] = one.tensor
+    return groups
+
+
+def _write(path: Path, group: Mapping[str, Tensor], tell: files.Tell) -> dict[str, Entry]:
+    bits = {name: tuple(tensor.shape) for name, tensor in group.items() if tensor.dtype == torch.bool}
+    stored = {name: files.pack_bits(tensor.cpu()) if name in bits else tensor for name, tensor in group.items()}
+    digests = files.write(path, stored, tell)
+    return {name: Entry(path.name, digests[name], bits=bits.get(name)) for name in group}
+
+
+def _write_config(model: nn.Module, directory: Path, origin: str | None, tokenizer: Any | None) -> None:
+    """config.json as `from_pretrained` reads it, and the tokenizer."""
+    if hasattr(getattr(model, "config", None), "to_json_file"):
+        config: Any = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.to_json_file(directory / "config.json", use_diff=True)
+        generation: Any = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+        return
+    source = _base_directory(model, origin)
+    for name in TOKENIZER_FILES if source is not None else ():
+        assert source is not None
+        if (source / name).is_file() and not (directory / name).exists():
+            shutil.copyfile(source / name, directory / name)
+
+
+def _base_directory(model: nn.Module, origin: str | None) -> Path | None:
+    """The directory that the base was read from, while it is still there."""
+    for spec in (origin, getattr(model, "name_or_path", None)):
+        if spec == "demo":
+            from surgery.checkpoint.models import demo_directory
+
+            return demo_directory()
+        if spec and Path(spec).is_dir():
+            return Path(spec)
+    return None
+
+
+def _origin(model: nn.Module) -> str | None:
+    name: Any = getattr(model, "name_or_path", None)
+    return str(name) if name else None
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    implementation: Any = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return {"attn_implementation": implementation} if isinstance(implementation, str) else {}

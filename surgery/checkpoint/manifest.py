@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,15 @@ class Manifest:
     promises: Mapping[str, Any] | None = None
     format: int = FORMAT
 
-    def write(self, directory: Path) -> None:
-        """Into a directory, which is not synced here."""
+    def write(self, path: Path) -> None:
+        """To a file, which is not synced here."""
         data = asdict(self)
         data["tensors"] = {
             name: {key: value for key, value in asdict(entry).items() if value is not None}
             for name, entry in sorted(self.tensors.items())
         }
         data = {"format": data.pop("format"), **data}
-        (directory / NAME).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -91,6 +91,21 @@ class Manifest:
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise CheckpointError.of("S440", f"`{path}` is not a manifest of ours ({error})") from None
         return manifest
+
+
+def keep_promises(directory: Path, promises: Mapping[str, Any]) -> None:
+    """Write what a verification found into the manifest of a directory; one that is read-only stays as it is."""
+    partial = directory / f".{NAME}.partial"
+    try:
+        replace(Manifest.read(directory), promises=promises).write(partial)
+        partial.replace(directory / NAME)
+    except OSError:
+        partial.unlink(missing_ok=True)
+
+
+def total_bytes(directory: Path) -> int:
+    """How many bytes of tensors `load` will read, near enough for a progress bar."""
+    return sum(path.stat().st_size for path in (directory / BASE, directory / ADDED) if path.is_file())
 
 
 def _entry(data: Mapping[str, Any]) -> Entry:

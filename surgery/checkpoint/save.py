@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from surgery.checkpoint import huggingface
 from surgery.checkpoint import tensors as files
 from surgery.checkpoint.huggingface import TOKENIZER_FILES
 from surgery.checkpoint.inventory import Held, inventory
-from surgery.checkpoint.manifest import ADDED, BASE, Entry, Manifest
+from surgery.checkpoint.manifest import ADDED, BASE, NAME, Entry, Manifest
 from surgery.checkpoint.staging import staged
 from surgery.errors import CheckpointError
 
@@ -64,7 +65,34 @@ def save(
             ties={name: one.name for one in held.values() for name in one.names[1:]},
             trainable=tuple(one.name for one in held.values() if one.parameter and one.tensor.requires_grad),
             settings=_settings(model),
-        ).write(partial)
+        ).write(partial / NAME)
+
+
+def save_merged(
+    model: nn.Module,
+    path: Path,
+    *,
+    source: Path,
+    origin: str | None = None,
+    force: bool = False,
+    tell: files.Tell = files.silent,
+) -> None:
+    """Write a merged model: as its library writes it where nothing of ours is left, as `save` does otherwise.
+
+    source: the directory whose tokenizer files are copied. A plain torch module becomes model.safetensors.
+    """
+    if "_surgery" in model.__dict__:
+        save(model, path, force=force, origin=origin, tell=tell)
+        return
+    with staged(path, force) as partial:
+        save_pretrained: Any = getattr(model, "save_pretrained", None)
+        if save_pretrained is not None:
+            with huggingface.quiet():
+                save_pretrained(partial)
+            _copy_tokenizer(source, partial)
+        else:
+            held = inventory(model)
+            files.write(partial / BASE, {name: one.tensor for name, one in held.items() if one.persistent}, tell)
 
 
 def bytes_of(model: nn.Module) -> int:
@@ -101,8 +129,12 @@ def _write_config(model: nn.Module, directory: Path, origin: str | None, tokeniz
         tokenizer.save_pretrained(directory)
         return
     source = _base_directory(model, origin)
-    for name in TOKENIZER_FILES if source is not None else ():
-        assert source is not None
+    if source is not None:
+        _copy_tokenizer(source, directory)
+
+
+def _copy_tokenizer(source: Path, directory: Path) -> None:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file() and not (directory / name).exists():
             shutil.copyfile(source / name, directory / name)
 

@@ -1,0 +1,48 @@
+"""`surgery apply`: change a model as a program says and save it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from surgery.cli.arguments import (
+    force_option,
+    model_argument,
+    output_option,
+    program_argument,
+    read_program,
+    set_option,
+    tokenizer_for,
+)
+from surgery.cli.progress import progress
+from surgery.cli.sizes import directory_size
+
+
+@click.command()
+@program_argument
+@model_argument
+@output_option
+@set_option
+@force_option
+def command(program: str, model: str, output: Path, settings: dict[str, str], force: bool) -> None:
+    """Apply PROGRAM to MODEL and save the result in a new directory.
+
+    The directory appears whole or not at all. `surgery.load` gives the model back, `surgery verify` checks it.
+    """
+    parsed = read_program(program, settings)
+    from surgery.checkpoint.staging import check_target
+
+    check_target(output, force)
+    from surgery.checkpoint import models
+    from surgery.checkpoint.save import bytes_of, save
+
+    with progress(f"reading {model}"):
+        loaded = models.load(model)
+        from surgery.compiler import apply
+    with progress("applying"):
+        apply(parsed, loaded.model, example_inputs=loaded.example_inputs, tokenizer=tokenizer_for(parsed, loaded))
+    with progress(f"writing {output}", lambda: bytes_of(loaded.model)) as tell:
+        save(loaded.model, output, force=force, origin=loaded.origin, tell=tell)
+    click.echo(str(loaded.model.__dict__["_surgery"].plan))
+    click.echo(f"\nSaved in {output} ({directory_size(output)}).")

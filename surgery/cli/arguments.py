@@ -1,0 +1,96 @@
+"""PROGRAM, MODEL and `--set` as every command takes them, with completion."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from surgery.checkpoint.models import LoadedModel
+    from surgery.language.program import Program
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _programs(ctx: click.Context, parameter: click.Parameter, start: str) -> list[CompletionItem]:
+    return _paths(start, lambda path: path.suffix == ".surgery")
+
+
+def _models(ctx: click.Context, parameter: click.Parameter, start: str) -> list[CompletionItem]:
+    demo = [CompletionItem("demo")] if "demo".startswith(start) else []
+    return demo + _paths(start, lambda path: path.suffix == ".py" or (path / "config.json").is_file())
+
+
+def _outputs(ctx: click.Context, parameter: click.Parameter, start: str) -> list[CompletionItem]:
+    return _paths(start, lambda path: (path / "surgery.json").is_file())
+
+
+def _settings(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """`name=value`, split; of two for one name the last holds."""
+    split = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise click.BadParameter(f"'{value}' is not NAME=VALUE, as in --set r=16", ctx, parameter)
+        split[name.strip()] = text.strip()
+    return split
+
+
+program_argument = click.argument("program", metavar="PROGRAM", shell_complete=_programs)
+model_argument = click.argument("model", metavar="MODEL", shell_complete=_models)
+out_argument = click.argument("out", metavar="OUT", shell_complete=_outputs)
+set_option = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    callback=_settings,
+    metavar="NAME=VALUE",
+    help="Give a `let` parameter another value.",
+)
+force_option = click.option("-f", "--force", is_flag=True, help="Replace a model that lies there.")
+
+
+def output_option(command: Command) -> Command:
+    """`-o DIR`, required."""
+    kind = click.Path(path_type=Path)
+    return click.option("-o", "--output", required=True, type=kind, metavar="DIR", help="New directory.")(command)
+
+
+def read_program(program: str, settings: Mapping[str, str]) -> Program:
+    """The program of a file, or of standard input for `-`. Raises ProgramError with everything that is wrong."""
+    from surgery.language import load_program, parse
+
+    if program == "-":
+        text = sys.stdin.buffer.read().decode("utf-8", "replace")
+        return parse(text, name="<stdin>", parameters=settings, directory=Path.cwd())
+    return load_program(program, **settings)
+
+
+def tokenizer_for(program: Program, loaded: LoadedModel) -> Any | None:
+    """The model's tokenizer where the program has texts; reading it takes time that others need not spend."""
+    return loaded.tokenizer if any(statement.operation.needs_text for statement in program.statements) else None
+
+
+def _paths(incomplete: str, wanted: Callable[[Path], bool]) -> list[CompletionItem]:
+    """Wanted paths, and directories on the way to them."""
+    folder, _, start = incomplete.rpartition("/")
+    if incomplete.startswith("/") and not folder:
+        folder = "/"
+    try:
+        found = sorted(Path(folder or ".").expanduser().iterdir())
+    except OSError:
+        return []
+    stem = f"{folder.rstrip('/')}/" if folder else ""
+    items = []
+    for path in found:
+        if path.name.startswith(start) and (start.startswith(".") or not path.name.startswith(".")):
+            if wanted(path):
+                items.append(CompletionItem(stem + path.name))
+            elif path.is_dir():
+                items.append(CompletionItem(f"{stem}{path.name}/"))
+    return items

@@ -1,0 +1,39 @@
+"""`surgery merge`: fold what was added into plain weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from surgery.cli.arguments import force_option, out_argument, output_option
+from surgery.cli.progress import progress
+from surgery.cli.sizes import directory_size
+
+
+@click.command()
+@out_argument
+@output_option
+@force_option
+def command(out: str, output: Path, force: bool) -> None:
+    """Fold the model in OUT into plain weights, in a new directory that `from_pretrained` loads.
+
+    What cannot be folded stays beside the weights, and is named.
+    """
+    from surgery.checkpoint.staging import check_target
+
+    check_target(output, force)
+    from surgery.checkpoint.load import load
+    from surgery.checkpoint.manifest import Manifest, total_bytes
+    from surgery.checkpoint.save import bytes_of, save_merged
+
+    manifest = Manifest.read(Path(out))
+    with progress(f"reading {out}", lambda: total_bytes(Path(out))) as tell:
+        model = load(out, tell=tell)
+    with progress("merging"):
+        from surgery.compiler import merge
+
+        merged = merge(model)
+    with progress(f"writing {output}", lambda: bytes_of(merged)) as tell:
+        save_merged(merged, output, source=Path(out), origin=manifest.origin, force=force, tell=tell)
+    click.echo(f"Saved in {output} ({directory_size(output)}).")

@@ -16,6 +16,8 @@ from surgery.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from surgery.compiler import Plan
+
 
 def load(path: str | Path, model: nn.Module | None = None, *, tell: files.Tell = files.silent) -> nn.Module:
     """The model that `surgery.save` wrote to a directory: on the CPU, in eval mode, ready to train on.
@@ -34,8 +36,9 @@ def load(path: str | Path, model: nn.Module | None = None, *, tell: files.Tell =
         model = _skeleton(directory, manifest)
     elif "_surgery" in model.__dict__:
         raise CheckpointError.of("S446", "`model=` is transformed already; give the untransformed base")
-    _replay(model, manifest)
+    plan = _replay(model, manifest)
     _fill(inventory(model), manifest, headers, tell)
+    remember(model, plan)
     return model.eval()
 
 
@@ -85,18 +88,24 @@ def _skeleton(directory: Path, manifest: Manifest) -> nn.Module:
     return models.load(manifest.origin).model
 
 
-def _replay(model: nn.Module, manifest: Manifest) -> None:
+def _replay(model: nn.Module, manifest: Manifest) -> Plan:
     """Rewrite the structure as the plan says: no seeds drawn, no data computed."""
-    from surgery.compiler.apply import install
-    from surgery.compiler.plan import Plan
-    from surgery.language import parse
+    from surgery.compiler import Plan, perform
 
-    program = parse(manifest.program, name="surgery.json")
     try:
-        plan = Plan.from_json(manifest.plan, program)
+        plan = Plan.from_json(manifest.plan)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError.of("S440", f"the manifest's plan cannot be read ({error})") from None
-    install(model, plan, hollow=True)
+    perform(plan, model, hollow=True)
+    return plan
+
+
+def remember(model: nn.Module, plan: Plan) -> None:
+    """Record the plan with the tensors as they are now, so that later writes to the base are noticed."""
+    from surgery.compiler.apply import untouched
+    from surgery.compiler.record import ATTRIBUTE, Record
+
+    model.__dict__[ATTRIBUTE] = Record(plan, untouched(model))
 
 
 def _fill(held: dict[str, Held], manifest: Manifest, headers: list[Header], tell: files.Tell) -> None:
@@ -108,21 +117,19 @@ def _fill(held: dict[str, Held], manifest: Manifest, headers: list[Header], tell
     for header in headers:
         for key, tensor in files.read(header, tell):
             name = names[header.path.name, key]
-            put(held[name], _decoded(name, tensor, manifest.tensors[name], held[name]))
+            put(held[name], _checked(name, tensor, manifest.tensors[name], held[name]))
     trainable = set(manifest.trainable)
     for name, one in held.items():
         if one.parameter and one.tensor.is_floating_point():
             one.tensor.requires_grad_(name in trainable)
 
 
-def _decoded(name: str, tensor: Tensor, entry: Entry, held: Held) -> Tensor:
-    """The tensor as the model holds it, its digest and shape checked."""
+def _checked(name: str, tensor: Tensor, entry: Entry, held: Held) -> Tensor:
+    """The tensor, its digest and shape being what they should be."""
     if files.digest(tensor) != entry.digest:
         raise CheckpointError.of(
             "S412", f"{name} is not what was saved: its digest differs", help="copy the directory again"
         )
-    if entry.bits is not None:
-        tensor = files.unpack_bits(tensor, entry.bits)
     if tensor.shape != held.tensor.shape:
         raise CheckpointError.of(
             "S442", f"{name} has shape {tuple(tensor.shape)}; this model's is {tuple(held.tensor.shape)}"

@@ -20,13 +20,11 @@ class Entry:
     """One tensor: its file, digest (BLAKE2b, 128 bits, of the bytes in the file) and key there.
 
     key: its name in the file where that differs from its name in the model.
-    bits: shape of a boolean mask whose file has eight flags to a byte; None for what is stored as it is.
     """
 
     file: str
     digest: str
     key: str | None = None
-    bits: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def total_bytes(directory: Path) -> int:
 
 
 def _entry(data: Mapping[str, Any]) -> Entry:
-    entry = Entry(**{**data, "bits": tuple(data["bits"]) if "bits" in data else None})
+    entry = Entry(**data)
     if entry.file not in (BASE, ADDED):
         raise ValueError(f"file {entry.file}")
     return entry

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from surgery.checkpoint import huggingface
 from surgery.checkpoint import tensors as files
 from surgery.checkpoint.huggingface import TOKENIZER_FILES
@@ -56,8 +54,8 @@ def save(
         _write_config(model, partial, origin, tokenizer)
         Manifest(
             version=__version__,
-            program=str(record.program),
-            seed=record.program.seed,
+            program=str(record.plan.program),
+            seed=record.plan.program.seed,
             plan=record.plan.to_json(),
             model_class=f"{type(model).__module__}:{type(model).__qualname__}",
             origin=origin or _origin(model),
@@ -110,10 +108,8 @@ def _files(held: Mapping[str, Held]) -> dict[str, dict[str, Tensor]]:
 
 
 def _write(path: Path, group: Mapping[str, Tensor], tell: files.Tell) -> dict[str, Entry]:
-    bits = {name: tuple(tensor.shape) for name, tensor in group.items() if tensor.dtype == torch.bool}
-    stored = {name: files.pack_bits(tensor.cpu()) if name in bits else tensor for name, tensor in group.items()}
-    digests = files.write(path, stored, tell)
-    return {name: Entry(path.name, digests[name], bits=bits.get(name)) for name in group}
+    digests = files.write(path, group, tell)
+    return {name: Entry(path.name, digests[name]) for name in group}
 
 
 def _write_config(model: nn.Module, directory: Path, origin: str | None, tokenizer: Any | None) -> None:

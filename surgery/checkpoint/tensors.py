@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,21 +79,6 @@ def read(header: Header, tell: Tell = silent) -> Iterator[tuple[str, Tensor]]:
                 raise CheckpointError.of("S411", f"`{header.path}` is truncated inside {info.name}")
             tell(len(data))
             yield info.name, tensor
-
-
-def pack_bits(flags: Tensor) -> Tensor:
-    """Booleans as uint8 with eight to a byte, row-major, the first in the lowest bit; filled up with zeros."""
-    flat = flags.reshape(-1).to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    weights = 2 ** torch.arange(8, dtype=torch.uint8)
-    return (flat * weights).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, shape: Iterable[int]) -> Tensor:
-    """Inverse of `pack_bits`: bool of the given shape."""
-    shape = torch.Size(shape)
-    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.reshape(-1)[: shape.numel()].to(torch.bool).reshape(shape)
 
 
 def _empty(path: Path, info: TensorInfo) -> Tensor:

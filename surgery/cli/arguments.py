@@ -76,21 +76,16 @@ def tokenizer_for(program: Program, loaded: LoadedModel) -> Any | None:
     return loaded.tokenizer if any(statement.operation.needs_text for statement in program.statements) else None
 
 
-def _paths(incomplete: str, wanted: Callable[[Path], bool]) -> list[CompletionItem]:
-    """Wanted paths, and directories on the way to them."""
-    folder, _, start = incomplete.rpartition("/")
-    if incomplete.startswith("/") and not folder:
-        folder = "/"
+def _paths(start: str, wanted: Callable[[Path], bool]) -> list[CompletionItem]:
+    """Wanted paths, and directories on the way to them. A lone directory is entered: shells put a space after it."""
+    folder, slash, name = start.rpartition("/")
     try:
-        found = sorted(Path(folder or ".").expanduser().iterdir())
+        found = sorted(Path(folder + slash or ".").expanduser().iterdir())
     except OSError:
         return []
-    stem = f"{folder.rstrip('/')}/" if folder else ""
-    items = []
-    for path in found:
-        if path.name.startswith(start) and (start.startswith(".") or not path.name.startswith(".")):
-            if wanted(path):
-                items.append(CompletionItem(stem + path.name))
-            elif path.is_dir():
-                items.append(CompletionItem(f"{stem}{path.name}/"))
-    return items
+    visible = [path for path in found if path.name.startswith(name) and (name or not path.name.startswith("."))]
+    items = [f"{folder}{slash}{path.name}" for path in visible if wanted(path)]
+    inner = [f"{folder}{slash}{path.name}/" for path in visible if path.is_dir() and not wanted(path)]
+    if not items and len(inner) == 1:
+        return _paths(inner[0], wanted) or [CompletionItem(inner[0])]
+    return [CompletionItem(item) for item in items + inner]

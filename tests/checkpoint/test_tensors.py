@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from surgery.checkpoint import tensors as files
@@ -51,14 +49,6 @@ def test_digest_sees_every_bit() -> None:
     changed = tensor.clone()
     changed[8] = -0.0  # equal as a number, not as bits
     assert files.digest(tensor) != files.digest(changed)
-
-
-@given(shape=st.lists(st.integers(0, 5), max_size=3), seed=st.integers(0, 99))
-def test_packed_bits_come_back(shape: list[int], seed: int) -> None:
-    flags = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.5
-    packed = files.pack_bits(flags)
-    assert packed.numel() == -(-flags.numel() // 8)
-    assert torch.equal(files.unpack_bits(packed, flags.shape), flags)
 
 
 def test_dtype_without_a_name_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A small causal decoder in plain torch that never casts: what transformers models cannot prove at 1e-12, this one can."""
+"""A small causal decoder in plain torch that never casts, for proofs at 1e-12: transformers models cast inside."""
 
 from __future__ import annotations
 
@@ -165,7 +165,9 @@ class ReferenceDecoder(nn.Module):
         return self.head(self.norm(x))
 
 
-def reference_decoder(shape: Shape | None = None, seed: int = 0, dtype: torch.dtype = torch.float64) -> ReferenceDecoder:
+def reference_decoder(
+    shape: Shape | None = None, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> ReferenceDecoder:
     """A decoder in eval mode, its weights drawn from one seed so that every layer matters."""
     shape = shape or Shape()
     model = ReferenceDecoder(shape).to(dtype).eval()

@@ -1,0 +1,268 @@
+"""Attention sites: query, key, value, mask -> out as a small graph, and the edits that methods make on it.
+
+Two ways lead there. A transformers model hands the call over through its AttentionInterface; a module in plain torch is
+traced. A method sees neither: it puts keys and values in front, or adds a second attention to the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery.anatomy.parts import Heads, Part
+from surgery.errors import GraphError
+from surgery.graph import attention_hand, attention_interface, attention_trace
+from surgery.graph.attention_math import (
+    absent,
+    alone_keywords,
+    gated,
+    like,
+    prefixed_call_mask,
+    prefixed_keywords,
+    prefixed_mask,
+    prepend,
+    prepend_scores,
+)
+from surgery.graph.entry import Shifting
+from surgery.graph.module import Rewritten, duplicate
+from surgery.graph.site import Init, Site, seed_of, zeros
+
+Pool = MutableMapping[str, nn.Parameter]
+
+
+class AttentionDraft:
+    """An attention module being rewritten: the graph of its call and the tensors that this will hold.
+
+    by_interface: the call is a child of the module; otherwise the whole module is what is rewritten.
+    hollow: new tensors are shapes on the meta device. pool: parameters that several sites of one statement share.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        part: Part,
+        hollow: bool = False,
+        pool: Pool | None = None,
+        given: frozenset[str] | None = None,
+    ) -> None:
+        self.part, self.path, self.hollow = part, part.path, hollow
+        self.pool: Pool = {} if pool is None else pool
+        self.root = nn.Module()
+        self.added: list[str] = []
+        self.by_interface = attention_interface.through_interface(module) and not isinstance(module, Rewritten)
+        reference = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), None)
+        self.dtype = torch.get_default_dtype() if reference is None else reference.dtype
+        self.device = torch.device("cpu") if reference is None else reference.device
+        held = getattr(module, attention_interface.CHILD, None) if self.by_interface else module
+        if isinstance(held, Rewritten):
+            self._continue(held)
+        elif self.by_interface:
+            self.original: nn.Module = nn.Module().train(module.training)
+            self.root.add_module("core", attention_interface.core(module, part.path))
+            self.graph, marks = attention_interface.graph()
+            self._mark(marks)
+        else:
+            self.original = module
+            self._hold(module)
+            self.graph = attention_trace.trace(module, part.path, given)
+            for name, mode in self.graph.modes.items():  # type: ignore[attr-defined]
+                self.root.add_module(name, mode)
+            self._mark(attention_trace.landmarks(self.graph, module, part.path))
+
+    def _continue(self, held: Rewritten) -> None:
+        self.original, self.added = held.original, list(held.added)
+        self.graph = duplicate(held.full)
+        self._hold(held)
+
+    def _hold(self, module: nn.Module) -> None:
+        for store in ("_parameters", "_buffers", "_modules"):
+            self.root.__dict__[store] = dict(module.__dict__[store])
+        self.root._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+
+    def _mark(self, marks: dict[str, fx.Node]) -> None:
+        for name, node in marks.items():
+            node.meta.setdefault("landmarks", set()).add(name)
+
+    def node(self, landmark: str) -> fx.Node | None:
+        """The node with this meaning, such as `query`."""
+        return next((node for node in self.graph.nodes if landmark in node.meta.get("landmarks", ())), None)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the site by its name."""
+        value: Tensor = getattr(self.root, name)
+        return value
+
+    def finish(self) -> Rewritten:
+        """The module to install."""
+        self.graph.lint()
+        return Shifting.build(self.root, self.graph, self.original, tuple(self.added))
+
+    def install(self, model: nn.Module) -> Rewritten:
+        """Put the rewritten call into the model."""
+        made = self.finish()
+        if self.by_interface:
+            attention_interface.attach(model.get_submodule(self.path), made)
+            return made
+        # One dictionary of children for both, so that a child that is replaced after this is replaced here.
+        self.original._modules.update(made._modules)
+        made.__dict__["_modules"] = self.original._modules
+        parent, _, name = self.path.rpartition(".")
+        model.get_submodule(parent)._modules[name] = made
+        return made
+
+
+class AttentionSite(Site):
+    """One attention call as one statement sees it. `heads` are those of the call."""
+
+    draft: AttentionDraft  # type: ignore[assignment]
+
+    def __init__(
+        self, draft: AttentionDraft, part: Part, statement: str, name: str | None, verb: str, seed: int = 0
+    ) -> None:
+        super().__init__(draft, part, statement, name, verb, seed)  # type: ignore[arg-type]
+        if part.heads is None:
+            raise GraphError.of("S345", f"the number of heads of the attention at {part.path} is not known")
+        self.heads: Heads = part.heads
+
+    @property
+    def installed_path(self) -> str:
+        """Where the tensors of this site will be."""
+        child = attention_interface.CHILD
+        return f"{self.path}.{child}" if self.draft.by_interface else self.path
+
+    @property
+    def query(self) -> fx.Node:
+        """(batch, heads, queries, width)."""
+        return self._landmark("query")
+
+    @property
+    def out(self) -> fx.Node:
+        """What the attention gives so far: (batch, queries, heads, width) by interface, else as the module has it."""
+        return self._landmark("out")
+
+    @property
+    def width(self) -> int:
+        """Of all query heads side by side."""
+        return self.heads.query * self.heads.key_width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.draft.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("meta") if self.draft.hollow else self.draft.device
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node, in front of the attention call."""
+        with self.draft.graph.inserting_before(self._landmark("core")):
+            node = self.draft.graph.call_function(function, args, kwargs)
+        return self._ours(node)
+
+    def shared(self, name: str, shape: tuple[int, ...], init: Init = zeros) -> fx.Node:
+        """A trainable tensor that all sites of the statement have together."""
+        full, key = self.full_name(name), f"{self.statement}\0{name}"
+        if key not in self.draft.pool:
+            tensor = torch.empty(shape, dtype=self._wide, device=self.device)
+            if not tensor.is_meta:
+                drawn = torch.empty(shape, dtype=torch.float64 if self._wide == torch.float64 else torch.float32)
+                with torch.no_grad():
+                    init(drawn, torch.Generator().manual_seed(seed_of(self.seed, self.verb, full)))
+                    tensor.copy_(drawn)
+            self.draft.pool[key] = nn.Parameter(tensor)
+        return self._attribute(name, self.draft.pool[key])
+
+    def folds_to(self, name: str, node: fx.Node) -> fx.Node:
+        """The node, whose value a merge keeps as a tensor of this name instead of what it is computed from."""
+        node.meta["folds_to"] = self.full_name(name)
+        return node
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.float32 if self.dtype.itemsize < 4 else self.dtype
+
+    # Edits
+
+    def put_in_front(self, key: fx.Node, value: fx.Node, positions: int) -> None:
+        """K = [key; K], V = [value; V], seen by every query. key: (key-value heads, positions, width)."""
+        heads, core = self.heads.query, self._landmark("core")
+        if self.draft.node("scores") is not None:
+            scores = self._landmark("scores")
+            added = attention_hand.scaled_scores(scores, key, heads, self.path, self.call)
+            self._join(self.call(prepend_scores, scores, added), core, 0, "scores")
+            out = self._landmark("product_out")
+            with self.draft.graph.inserting_before(out):
+                joined = self._ours(self.draft.graph.call_function(prepend, (out.args[1], value, heads)))
+            self._join(joined, out, 1)
+            joined.meta["positions"] = positions
+            return
+        places = {"query": 0, "key": 1, "value": 2, "mask": 3, "keywords": 4}
+        first = 1 if self.draft.by_interface else 0  # the module itself
+        operands = {name: core.args[place + first] for name, place in places.items() if place + first < len(core.args)}
+        if self.draft.by_interface:
+            implicit = self.draft.root.core.causal_without_mask
+            mask = self.call(
+                prefixed_call_mask,
+                operands["mask"],
+                core.args[0],
+                operands["query"],
+                operands["key"],
+                operands["keywords"],
+                positions,
+                implicit,
+            )
+            self._join(self.call(prefixed_keywords, operands["keywords"], positions), core, 5)
+        else:
+            mask = self.call(
+                prefixed_mask, operands["mask"], operands["query"], operands["key"], core.args[4], positions
+            )
+        self._join(mask, core, 3 + first)
+        self._join(self.call(prepend, operands["key"], key, heads), core, 1 + first)
+        joined = self.call(prepend, operands["value"], value, heads)
+        self._join(joined, core, 2 + first)
+        joined.meta["positions"] = positions
+
+    def attend_beside(self, key: fx.Node, value: fx.Node, gate: fx.Node) -> None:
+        """out + tanh(gate) * softmax(query key^T) value; gate: (heads,). At gate = 0 the output keeps its bits."""
+        core, heads, graph = self._landmark("core"), self.heads.query, self.draft.graph
+        if self.draft.node("scores") is not None:
+            scores = attention_hand.scaled_scores(self._landmark("scores"), key, heads, self.path, self.call)
+            out: Any = self._landmark("product_out")
+            own = self.call(like, value, self._landmark("value"), heads)
+            share = attention_hand.weighted(core, out, scores, own)
+        else:
+            first = 1 if self.draft.by_interface else 0
+            own_key = self.call(like, key, self._landmark("key"), heads)
+            own_value = self.call(like, value, self._landmark("value"), heads)
+            args = list(core.args)
+            args[1 + first], args[2 + first], args[3 + first] = own_key, own_value, self.call(absent)
+            if self.draft.by_interface:
+                implicit = self.draft.root.core.causal_without_mask
+                args[5] = self.call(alone_keywords, self._landmark("keywords"), implicit)
+            else:
+                args[4] = False
+            with graph.inserting_before(core):
+                share = self._ours(graph.create_node(core.op, core.target, tuple(args), dict(core.kwargs)))
+                if self.draft.by_interface:
+                    share = self._ours(graph.call_function(attention_interface.item, (share, 0)))
+        before = self.out
+        with graph.inserting_after(before):
+            joint = self._ours(graph.call_function(gated, (before, share, gate, 2 if self.draft.by_interface else 1)))
+        joint.meta["joint"] = self.name
+        before.replace_all_uses_with(joint, delete_user_cb=lambda user: user is not joint)
+        before.meta["landmarks"].discard("out")
+        joint.meta["landmarks"] = {"out"}
+
+    def _landmark(self, name: str) -> fx.Node:
+        node = self.draft.node(name)
+        if node is None:
+            raise GraphError.of("S346", f"the attention at {self.path} has no {name} that can be named")
+        return node
+
+    def _join(self, joint: fx.Node, user: fx.Node, place: int, landmark: str | None = None) -> None:
+        """Let one node read the joint where it read the joint's first argument."""
+        joint.meta["joint"] = self.name
+        user.update_arg(place, joint)

@@ -1,0 +1,97 @@
+"""Attention computed by hand: the scores of a prefix, scaled as the model scales its own but never masked."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surgery.errors import GraphError
+from surgery.graph.attention_math import like
+from surgery.graph.attention_trace import scale_chain
+
+NUMBERS: set[Any] = {operator.mul, operator.truediv, operator.pow}
+MASKING: set[Any] = {
+    operator.add,
+    operator.iadd,
+    operator.sub,
+    torch.add,
+    torch.sub,
+    torch.masked_fill,
+    torch.where,
+    "add",
+    "add_",
+    "sub",
+    "masked_fill",
+    "masked_fill_",
+    "where",
+}
+SIZES: set[Any] = {getattr, operator.getitem, "size"}
+
+
+def scores_of(query: Tensor, prefix: Tensor, heads: int) -> Tensor:
+    """query @ prefix^T for each head: (..., queries, n)."""
+    return torch.matmul(query, like(prefix, query, heads).transpose(-2, -1))
+
+
+def scaled_scores(scores: fx.Node, key: fx.Node, heads: int, path: str, call: Callable[..., fx.Node]) -> fx.Node:
+    """The prefix's scores as the softmax reads them: the model's own chain of scalings again, without its masks.
+
+    scores: what the softmax reads. Raises GraphError S344 at a step that is neither a scaling nor a mask.
+    """
+    product, *steps = scale_chain(scores)
+    result = call(scores_of, product.args[0], key, heads)
+    before = product
+    for step in steps:
+        others = [each for each in step.all_input_nodes if each is not before]
+        if step.target in MASKING and others:
+            pass
+        elif all(_is_number(each) for each in others):
+            result = _again(step, before, result, result)
+        else:
+            raise GraphError.of(
+                "S344",
+                f"the attention at {path} changes its scores by neither a scale nor a mask: `{step.format_node()}`",
+                help="use F.scaled_dot_product_attention there",
+            )
+        before = step
+    return result
+
+
+def weighted(core: fx.Node, out: fx.Node, scores: fx.Node, value: fx.Node) -> fx.Node:
+    """The model's own softmax, dropout and product again, over other scores and values."""
+    result, old, last = scores, core.args[0], out
+    for step in (core, *_between(core, out)):
+        result = last = _again(step, old, result, last)
+        old = step
+    return _again(out, old, result, last, value)
+
+
+def _again(step: fx.Node, old: Any, new: fx.Node, after: fx.Node, value: fx.Node | None = None) -> fx.Node:
+    """A copy of a node, put behind another, that reads `new` where it read `old` (and `value` elsewhere, if given)."""
+    with after.graph.inserting_after(after):
+        copied = after.graph.node_copy(step, lambda each: new if each is old else value or each)
+    copied.meta = {"statement": new.meta["statement"]}
+    return copied
+
+
+def _between(core: fx.Node, out: fx.Node) -> tuple[fx.Node, ...]:
+    """Nodes after the softmax and before its product with the values."""
+    chain: list[fx.Node] = []
+    node: Any = out.args[0]
+    while node is not core:
+        chain.insert(0, node)
+        node = node.args[0]
+    return tuple(chain)
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether a node's value is a number got from sizes and constants."""
+    if node.target in SIZES:
+        return True
+    if node.op == "call_function" and (node.target in NUMBERS or getattr(node.target, "__module__", "") == "math"):
+        return all(_is_number(each) for each in node.all_input_nodes)
+    return False

@@ -1,0 +1,217 @@
+"""Where a model reads positions: with n positions put in front of its tokens, these stand at n, n + 1, and so on.
+
+Positions are shifted where they are used, at the lookup in a learned table or at the module that turns them into
+rotations, so that nothing else of the model (masks, caches, token types) sees the shift. Only where a model reads them
+in no module of their own are they shifted at its entry.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from surgery.anatomy.parts import Part
+from surgery.errors import PlanError
+from surgery.graph.module import Rewritten
+
+ARGUMENTS = ("position_ids", "positions", "input_pos")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place where positions are read.
+
+    lookup: the module is called with indices into a table of `rows` rows; argument: it takes them by that name;
+    entry: as argument, and counts them itself when they are not given.
+    scope: the module that holds both this and the attention that it is for.
+    """
+
+    path: str
+    kind: Literal["lookup", "argument", "entry"]
+    scope: str
+    argument: str = ""
+    rows: int | None = None
+
+
+@dataclass
+class Amounts:
+    """By how much positions are shifted now: the longest of the prefixes that are on, by attention site."""
+
+    of: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def most(self) -> int:
+        return max(self.of.values(), default=0)
+
+
+class Shift:
+    """A forward pre-hook that adds to the positions a module is called with."""
+
+    def __init__(self, point: Point, amounts: Amounts, place: int) -> None:
+        self.point, self.amounts, self.place = point, amounts, place
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        amount = self.amounts.most
+        if amount == 0:
+            return None
+        name = self.point.argument
+        if name in kwargs and kwargs[name] is not None:
+            return args, {**kwargs, name: kwargs[name] + amount}
+        if len(args) > self.place and args[self.place] is not None:
+            return (*args[: self.place], args[self.place] + amount, *args[self.place + 1 :]), kwargs
+        if self.point.kind != "entry":
+            return None
+        return args, {**kwargs, name: _counted(args, kwargs) + amount}
+
+
+def _counted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The positions (1, length) that a model counts by itself: on from what its cache has seen."""
+    tokens = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim() >= 2)
+    cache = kwargs.get("past_key_values")
+    seen = 0 if cache is None else cache.get_seq_length()
+    return (torch.arange(tokens.shape[1], device=tokens.device) + seen)[None]
+
+
+def points(model: nn.Module, parts: Iterable[Part]) -> tuple[Point, ...]:
+    """Every place where the model reads positions. parts: its attention and position parts."""
+    parts = tuple(parts)
+    attention = {part.path for part in parts if part.kind == "attention"}
+    tables = {part.path: part.shape[0] for part in parts if part.role == "position"}
+    found = [point for path, rows in tables.items() if (point := _table(model, path, rows, attention)) is not None]
+    closed = attention | {point.path for point in found}
+    above = {each for path in closed for each in _above(path)}
+    for path, module in model.named_modules():
+        if path in closed or path in above or any(each in closed for each in _above(path) if each not in attention):
+            continue
+        if argument := _argument(module):
+            found.append(Point(path, "argument", _scope(path, attention), argument))
+            closed.add(path)
+    return (*found, *_entries(model, attention, {point.scope for point in found}))
+
+
+def _entries(model: nn.Module, attention: set[str], served: set[str]) -> Iterator[Point]:
+    """Where positions are read in no module of their own: the innermost modules that take them for several layers."""
+    held = Counter(each for path in attention for each in _above(path))
+    takes = {path for path, count in held.items() if count > 1 and _argument(model.get_submodule(path))}
+    outer = {each for path in takes for each in _above(path)}
+    for path in sorted(takes - outer):
+        if not any(_within(each, path) or _within(path, each) for each in served):
+            yield Point(path, "entry", path, _argument(model.get_submodule(path)))
+
+
+def _above(path: str) -> Iterator[str]:
+    """Paths of the modules that hold this one, the model itself last."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _table(model: nn.Module, path: str, rows: int, attention: set[str]) -> Point | None:
+    """The point of a learned table; None for a table inside an attention, which holds distances and not positions."""
+    if any(_within(path, each) for each in attention):
+        return None
+    module: Any = model.get_submodule(path)
+    original = module.original if isinstance(module, Rewritten) else module
+    argument = "" if type(original).forward is nn.Embedding.forward else _argument(original)
+    return Point(path, "argument" if argument else "lookup", _scope(path, attention), argument, rows)
+
+
+def _argument(module: nn.Module) -> str:
+    """The name under which a module takes positions, empty if it takes none."""
+    names = inspect.signature(module.forward).parameters
+    return next((name for name in ARGUMENTS if name in names), "")
+
+
+def _scope(path: str, attention: set[str]) -> str:
+    """The nearest module above a path that holds attention."""
+    while path and not any(_within(each, path) for each in attention):
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _within(path: str, above: str) -> bool:
+    return above == "" or path == above or path.startswith(above + ".")
+
+
+def check(model: nn.Module, parts: Iterable[Part], lengths: Mapping[str, int]) -> tuple[str, ...]:
+    """What to warn of when so many positions are put in front of the attention calls at these paths.
+
+    Raises PlanError S346 when a table of positions has no room for them.
+    """
+    warnings = []
+    found = points(model, parts)
+    for point in found:
+        most = max((n for path, n in lengths.items() if _within(path, point.scope)), default=0)
+        if point.rows is not None and most >= point.rows:
+            raise PlanError.of(
+                "S346",
+                f"{most} positions in front leave no room for tokens: the table at {point.path} has {point.rows} rows",
+                help=f"take fewer than {point.rows}",
+            )
+        if point.rows is not None and most:
+            warnings.append(
+                f"sequences may have {point.rows - most} tokens at most, {point.rows} before ({point.path})"
+            )
+    if any(n and not any(_within(path, point.scope) for point in found) for path, n in lengths.items()):
+        warnings.append("positions are not shifted: no module of the model takes them (or they are distances anyway)")
+    return tuple(warnings)
+
+
+def install(model: nn.Module, parts: Iterable[Part]) -> None:
+    """Shift positions by what the model's attention sites put in front now. Repeat it after every change of them."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, Shift):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    sites = {path: module for path, module in model.named_modules() if isinstance(module, Shifting)}
+    for point in points(model, parts):
+        amounts = Amounts()
+        for path, module in sites.items():
+            if module.lengths() and _within(path, point.scope):
+                module.inform(path, amounts)
+        if amounts.of:
+            target = model.get_submodule(point.path)
+            target.register_forward_pre_hook(Shift(point, amounts, _place(target, point)), with_kwargs=True)
+
+
+def _place(module: nn.Module, point: Point) -> int:
+    """The place of the positions among the arguments."""
+    return list(inspect.signature(module.forward).parameters).index(point.argument) if point.argument else 0
+
+
+class Shifting(Rewritten):
+    """A rewritten attention call, which tells the points of its model how many positions it puts in front."""
+
+    informed: tuple[tuple[str, Amounts], ...] = ()
+
+    def lengths(self) -> dict[str, int]:
+        """Positions in front, by name of their branch."""
+        nodes = [node for node in self.full.nodes if "positions" in node.meta]
+        return {node.meta["joint"]: node.meta["positions"] for node in nodes}
+
+    def inform(self, path: str, amounts: Amounts) -> None:
+        """Keep these amounts up to date from now on."""
+        object.__setattr__(self, "informed", (*self.informed, (path, amounts)))
+        self._tell()
+
+    def _tell(self) -> None:
+        on = [length for name, length in self.lengths().items() if name not in self.off]
+        for path, amounts in self.informed:
+            amounts.of[path] = max(on, default=0)
+
+    def switch(self, off: Any) -> None:
+        super().switch(off)
+        self._tell()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shifting:
+        copied: Shifting = super().__deepcopy__(memo)  # type: ignore[assignment]
+        object.__setattr__(copied, "informed", copy.deepcopy(self.informed, memo))
+        return copied

@@ -31,6 +31,9 @@ def lazy(name: str) -> ModuleType:
 if TYPE_CHECKING:
     import torch as torch
     import torch.nn.functional as functional
+
+    from surgery.graph import functions as functions
 else:
+    functions = lazy("surgery.graph.functions")
     torch = lazy("torch")
     functional = lazy("torch.nn.functional")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -83,11 +83,27 @@ class Operation:
         """Names of the promises that hold with these options."""
         return ()
 
+    @property
+    def collective(self) -> bool:
+        """Whether `fill` needs all sites at once; otherwise each is filled as soon as it is rewritten."""
+        return False
+
+    def claims(self, name: str | None) -> tuple[str, ...]:
+        """What the statement takes for itself where it acts; two statements that claim the same there are a conflict."""
+        return (f"{self.verb} {name or 'default'}",)
+
+    def warnings(self, parts: Sequence[Part], model: Any) -> Iterable[str]:
+        """What a plan's reader should know, though nothing is wrong. Runs while planning, on shapes alone."""
+        return ()
+
     def rewrite(self, site: Any) -> None:
         """Edits the structure of one site; works on the meta device."""
 
     def fill(self, sites: Any, context: Any) -> None:
-        """Computes data for the sites, with weights present: masks from scores, prefixes from texts."""
+        """Computes data for the sites, with weights present: masks from scores, codes from weights."""
+
+    def finish(self, sites: Any, context: Any) -> None:
+        """Computes what needs the transformed model to run: keys and values of a text."""
 
 
 __all__ = [

@@ -1,0 +1,22 @@
+"""From a program and a model to the transformed model: plan, apply, merge, switch off."""
+
+from __future__ import annotations
+
+from surgery.compiler.apply import apply, perform
+from surgery.compiler.merge import merge
+from surgery.compiler.plan import Plan, Step, plan
+from surgery.compiler.record import Record, activate, disabled, parameters, record_of
+
+__all__ = [
+    "Plan",
+    "Record",
+    "Step",
+    "activate",
+    "apply",
+    "disabled",
+    "merge",
+    "parameters",
+    "perform",
+    "plan",
+    "record_of",
+]

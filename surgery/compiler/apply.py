@@ -1,0 +1,104 @@
+"""Carrying out a plan: statements edit drafts phase by phase, and only then is anything in the model replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from surgery.compiler.drafts import Drafts
+from surgery.compiler.plan import Plan
+from surgery.compiler.plan import plan as make_plan
+from surgery.compiler.record import ATTRIBUTE, Record
+from surgery.errors import PlanError
+from surgery.graph import entry
+from surgery.graph.module import added_parameters
+from surgery.language.program import Program
+
+Model = TypeVar("Model", bound=nn.Module)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What `fill` and `finish` may use besides their sites."""
+
+    model: nn.Module
+    tokenizer: Any
+    seed: int
+
+
+def apply(
+    program: Program | Plan,
+    model: Model,
+    *,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Transform a model in place; the same object comes back. What the program adds is trained, all else is frozen.
+
+    Errors: those of `plan`; PlanError S104 when a text needs a tokenizer and none is given.
+    """
+    plan = program
+    if isinstance(plan, Program):
+        plan = make_plan(plan, model, example_inputs=example_inputs, tokenizer=tokenizer)
+    for step in plan.steps:
+        if step.operation.needs_text and tokenizer is None:
+            raise PlanError.of(
+                "S104",
+                f"`{step.statement}` has a text, and there is no tokenizer to read it",
+                step.statement.span,
+                help="pass tokenizer=..., or use a model directory that has tokenizer files",
+            )
+    return perform(plan, model, tokenizer=tokenizer, progress=progress)
+
+
+def perform(
+    plan: Plan,
+    model: Model,
+    *,
+    hollow: bool = False,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Rewrite the model as planned. hollow: structure only, new tensors on the meta device, for loading into."""
+    context = Context(model, tokenizer, plan.program.seed)
+    drafts = Drafts(model, hollow, plan.program.seed)
+    sites = []
+    for step in plan.steps:
+        operation = step.operation
+        mine = []
+        for number, part in enumerate(step.parts):
+            site = drafts.site(step, part)
+            operation.rewrite(site)
+            mine.append(site)
+            if not hollow and not operation.collective:
+                operation.fill([site], context)
+            if progress:
+                progress(str(step.statement), number + 1, len(step.parts))
+        if not hollow and operation.collective:
+            operation.fill(mine, context)
+        sites.append(mine)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for draft in drafts:
+        draft.install(model)
+    entry.align(model, plan.anatomy.parts)
+    if not hollow:
+        for step, mine in zip(plan.steps, sites, strict=True):
+            step.operation.finish(mine, context)
+    model.__dict__[ATTRIBUTE] = Record(plan, untouched(model))
+    return model
+
+
+def untouched(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Address and version of every tensor that the program did not add: both change when somebody writes to it."""
+    added = set(added_parameters(model))
+    return {
+        name: (parameter.data_ptr(), parameter._version)
+        for name, parameter in model.named_parameters()
+        if name not in added
+    }

@@ -1,0 +1,47 @@
+"""Statements that cannot both hold: each names what it takes for itself at a part, and two must not take the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from surgery.anatomy.parts import Part
+from surgery.errors import Diagnostic
+
+if TYPE_CHECKING:
+    from surgery.compiler.plan import Step
+
+
+def conflicts(steps: Sequence[Step]) -> tuple[Diagnostic, ...]:
+    """One diagnostic for each pair of statements that claim the same at one place, naming both and the first place."""
+    holders: dict[tuple[str, str, str], list[tuple[int, Part]]] = {}
+    found: dict[tuple[int, int], Diagnostic] = {}
+    for index, step in enumerate(steps):
+        for part in step.parts:
+            for claim in step.operation.claims(step.statement.name):
+                held = holders.setdefault((part.path, part.parameter, claim), [])
+                for other, place in held:
+                    if other != index and (other, index) not in found and overlap(place, part):
+                        found[other, index] = _diagnostic(steps[other], step, part, claim)
+                held.append((index, part))
+    return tuple(found.values())
+
+
+def overlap(a: Part, b: Part) -> bool:
+    """Whether two parts of one tensor have a channel in common."""
+    if a.kind != b.kind:
+        return False
+    if a.channels is None or b.channels is None:
+        return True
+    return any(start < until and begin < stop for start, stop in a.channels for begin, until in b.channels)
+
+
+def _diagnostic(first: Step, second: Step, part: Part, claim: str) -> Diagnostic:
+    same_adapter = first.operation.verb == second.operation.verb and first.operation.phase == "attach"
+    return Diagnostic(
+        "S103",
+        f"`{first.statement}` and `{second.statement}` both act on {part.path}",
+        second.statement.span,
+        label=f"the other statement is at {first.statement.span}; both take its {claim}",
+        help="give one of them a name with `as NAME`" if same_adapter else "leave the place out of one with `except`",
+    )

@@ -1,0 +1,130 @@
+"""What a plan adds and saves: the rewriting itself, done on shapes once for each kind of place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from surgery.anatomy.parts import Part
+from surgery.errors import Diagnostic, PlanError, SurgeryError
+
+if TYPE_CHECKING:
+    from surgery.compiler.plan import Step
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Counts of numbers, and bytes of all tensors, of the model before and after, and of what each step adds."""
+
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+    added: tuple[int, ...]
+    bytes: tuple[int, ...]
+
+    @property
+    def trainable(self) -> int:
+        return sum(self.added)
+
+    def steps_json(self) -> list[dict[str, int]]:
+        return [
+            {"parameters_added": n, "bytes_changed": b}
+            for n, b in zip(self.added, self.bytes, strict=True)
+        ]
+
+    def totals_json(self) -> dict[str, Any]:
+        total = self.parameters + self.trainable
+        return {
+            "parameters": self.parameters,
+            "trainable": self.trainable,
+            "trainable_share": self.trainable / total if total else 0.0,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Cost:
+        totals, steps = data["totals"], data["steps"]
+        return cls(
+            totals["parameters"],
+            totals["bytes_before"],
+            totals["bytes_after"],
+            tuple(step["parameters_added"] for step in steps),
+            tuple(step["bytes_changed"] for step in steps),
+        )
+
+
+def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0) -> Cost:
+    """Rewrite one place of each kind on shapes, and multiply. Errors: those of the rewriting, as PlanError."""
+    from surgery.compiler.drafts import Drafts
+
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    parameters = {id(t): t.numel() for t in model.parameters()}
+    before = sum(map(_size, tensors.values()))
+    drafts = Drafts(model, hollow=True, seed=seed)
+    added, changed = [0] * len(steps), [0] * len(steps)
+    seen: dict[object, list[tuple[int, int, int]]] = {}
+    problems: list[Diagnostic] = []
+    counted: set[int] = set()
+    for place, visits in _places(steps):
+        kind = _kind(model, place, visits)
+        if kind not in seen:
+            try:
+                seen[kind] = _visit(drafts, steps, visits, counted)
+            except SurgeryError as error:
+                problems += error.diagnostics
+                seen[kind] = []
+        for index, new, size in seen[kind]:
+            added[index] += new
+            changed[index] += size
+    if problems:
+        raise PlanError(*problems)
+    return Cost(sum(parameters.values()), before, before + sum(changed), tuple(added), tuple(changed))
+
+
+def _places(steps: Sequence[Step]) -> Iterable[tuple[tuple[str, bool], list[tuple[int, Part]]]]:
+    """Every place with the steps that act there, in order."""
+    places: dict[tuple[str, bool], list[tuple[int, Part]]] = {}
+    for index, step in enumerate(steps):
+        for part in step.parts:
+            places.setdefault((part.path, part.kind == "attention"), []).append((index, part))
+    return places.items()
+
+
+def _kind(model: nn.Module, place: tuple[str, bool], visits: list[tuple[int, Part]]) -> object:
+    """Equal for places where the same edits cost the same."""
+    module = model.get_submodule(place[0])
+    shapes = tuple((name, t.shape, t.dtype) for name, t in module.named_parameters(recurse=False))
+    steps = tuple((index, part.role, part.shape, part.width, part.heads) for index, part in visits)
+    return type(module), shapes, steps
+
+
+def _visit(
+    drafts: Any, steps: Sequence[Step], visits: list[tuple[int, Part]], counted: set[int]
+) -> list[tuple[int, int, int]]:
+    """(step, trainable numbers added, bytes changed) of one place."""
+    costs: list[tuple[int, int, int]] = []
+    before: dict[int, Tensor] | None = None
+    for index, part in visits:
+        site = drafts.site(steps[index], part)
+        if before is None:
+            before = _tensors(site.draft.root)
+        steps[index].operation.rewrite(site)
+        after = _tensors(site.draft.root)
+        new = [t for key, t in after.items() if key not in before]
+        gone = [t for key, t in before.items() if key not in after]
+        trained = sum(t.numel() for t in new if isinstance(t, nn.Parameter) and t.requires_grad)
+        costs.append((index, trained, sum(map(_size, new)) - sum(map(_size, gone))))
+        before = after
+    return costs
+
+
+def _tensors(root: nn.Module) -> dict[int, Tensor]:
+    return {id(t): t for t in (*root.parameters(), *root.buffers())}
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,199 @@
+"""What a program means for a model: which operation at which parts, in which order, at what cost. Reads shapes only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, get_args
+
+from surgery.anatomy import select, study
+from surgery.anatomy.parts import Anatomy, Part, Stack
+from surgery.compiler.conflicts import conflicts
+from surgery.errors import Diagnostic, PlanError, SurgeryError
+from surgery.language.program import Program, Statement
+from surgery.operations.base import Operation, Phase
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgery.compiler.cost import Cost
+
+PHASES = get_args(Phase)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One statement with the parts it found, in execution order."""
+
+    statement: Statement
+    parts: tuple[Part, ...]
+
+    @property
+    def operation(self) -> Operation:
+        return self.statement.operation
+
+    def to_json(self) -> dict[str, Any]:
+        return {"statement": str(self.statement), "parts": [part.to_json() for part in self.parts]}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in the order in which they are done, which does not depend on the order of the statements."""
+
+    program: Program
+    anatomy: Anatomy
+    steps: tuple[Step, ...]
+    cost: Cost
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        from surgery.compiler.show import show
+
+        return show(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that the text shows, the resolved parts, and what of the anatomy is needed to load the result."""
+        readers = [p for p in self.anatomy.parts if p.kind == "attention" or p.role == "position"]
+        return {
+            "format": 1,
+            "model": self.anatomy.model,
+            "stacks": [[stack.name, stack.path, stack.depth] for stack in self.anatomy.stacks],
+            "positions": [part.to_json() for part in readers],
+            "program": str(self.program),
+            "seed": self.program.seed,
+            "steps": [
+                {**step.to_json(), **costs} for step, costs in zip(self.steps, self.cost.steps_json(), strict=True)
+            ],
+            "totals": self.cost.totals_json(),
+            "warnings": list(self.warnings),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """A plan that was written down, for `perform` to repeat. Raises ProgramError when its statements do not parse."""
+        from surgery.compiler.cost import Cost
+        from surgery.language import parse
+
+        stacks = tuple(Stack(*stack) for stack in data["stacks"])
+        anatomy = Anatomy(data["model"], stacks, tuple(map(Part.from_json, data["positions"])))
+        steps = tuple(
+            Step(parse(step["statement"]).statements[0], tuple(map(Part.from_json, step["parts"])))
+            for step in data["steps"]
+        )
+        program = replace(parse(data["program"]), seed=data["seed"])
+        return cls(program, anatomy, steps, Cost.from_json(data), tuple(data["warnings"]))
+
+
+def plan(
+    program: Program,
+    model: nn.Module,
+    *,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    anatomy: Anatomy | None = None,
+) -> Plan:
+    """Resolve a program on a model, live or on the meta device, without changing it.
+
+    example_inputs: what a plain torch module is called with. anatomy: a study of this model, when there is one already.
+    Errors: ModelError (cannot be studied, or has no such part), PlanError (does not fit, S101 to S106), all at once.
+    """
+    from surgery.compiler.cost import measure
+    from surgery.compiler.record import record_of
+    from surgery.compiler.warnings import warnings
+
+    if record_of(model) is not None:
+        raise PlanError.of(
+            "S106",
+            "the model has been transformed already",
+            help="put all statements into one program, or merge the model first with `surgery.merge(model)`",
+        )
+    anatomy = anatomy or study(model, example_inputs)
+    steps = tuple(sorted(_steps(program, anatomy), key=_order))
+    found = conflicts(steps)
+    if found:
+        raise PlanError(*found)
+    cost = measure(steps, model, program.seed)
+    return Plan(program, anatomy, steps, cost, warnings(steps, model))
+
+
+def _order(step: Step) -> tuple[int, str]:
+    return PHASES.index(step.operation.phase), str(step.statement)
+
+
+def _steps(program: Program, anatomy: Anatomy) -> list[Step]:
+    steps: list[Step] = []
+    problems: list[Diagnostic] = []
+    for statement in program.statements:
+        try:
+            parts = _parts(statement, anatomy)
+        except SurgeryError as error:
+            problems += error.diagnostics
+            continue
+        problems += _misfits(statement, parts)
+        steps.append(Step(statement, parts))
+    if problems:
+        raise PlanError(*problems)
+    return steps
+
+
+def _parts(statement: Statement, anatomy: Anatomy) -> tuple[Part, ...]:
+    operation = statement.operation
+    parts = select(anatomy, statement.selector, operation.acts_on)
+    if operation.granularity != "part":
+        parts = tuple(_joined(group) for group in _by_path(parts))
+    if statement.expect is not None and statement.expect != len(parts):
+        raise PlanError.of(
+            "S102",
+            f"`expect {statement.expect}`, but the selector finds {len(parts)}",
+            statement.span,
+            help=f"found: {_listing(parts)}",
+        )
+    return parts
+
+
+def _by_path(parts: Iterable[Part]) -> list[list[Part]]:
+    groups: dict[tuple[str, str], list[Part]] = {}
+    for part in parts:
+        groups.setdefault((part.path, part.parameter), []).append(part)
+    return list(groups.values())
+
+
+def _joined(group: Sequence[Part]) -> Part:
+    """Parts of one tensor as one: the union of their channels, all of them where they cover it."""
+    first = group[0]
+    if first.channels is None:
+        return first
+    runs: list[tuple[int, int]] = []
+    for start, stop in sorted(run for part in group for run in part.channels or ()):
+        if runs and start <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(stop, runs[-1][1]))
+        else:
+            runs.append((start, stop))
+    channels = None if runs == [(0, first.shape[0])] else tuple(runs)
+    names = ",".join(dict.fromkeys(part.name for part in group))
+    stem = first.role.rpartition(".")[0]
+    return replace(first, role=f"{stem}.{names}" if stem else names, channels=channels)
+
+
+def _misfits(statement: Statement, parts: Iterable[Part]) -> list[Diagnostic]:
+    """One diagnostic for each reason, naming the first place and counting the others."""
+    reasons: dict[str, list[Part]] = {}
+    for part in parts:
+        reason = statement.operation.fits(part)
+        if reason is not None:
+            reasons.setdefault(reason, []).append(part)
+    return [
+        Diagnostic(
+            "S101",
+            f"`{statement.operation.verb}` cannot act on {places[0].path}: {reason}",
+            statement.span,
+            label=f"{len(places)} such place{'s' * (len(places) > 1)}",
+            help="change the value, or leave the place out with `except`",
+        )
+        for reason, places in reasons.items()
+    ]
+
+
+def _listing(parts: Sequence[Part], most: int = 4) -> str:
+    names = [part.path for part in parts[:most]]
+    return ", ".join(names) + (f" and {len(parts) - most} more" if len(parts) > most else "")

@@ -1,0 +1,46 @@
+"""What a plan's reader should know before applying it, though nothing is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from surgery.compiler.conflicts import overlap
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgery.compiler.plan import Step
+
+
+def warnings(steps: Sequence[Step], model: nn.Module) -> tuple[str, ...]:
+    """One sentence each, in the order of the steps."""
+    found = [*_dense_again(steps), *_untied(steps)]
+    for step in steps:
+        found += step.operation.warnings(step.parts, model)
+    return tuple(dict.fromkeys(found))
+
+
+def _dense_again(steps: Sequence[Step]) -> list[str]:
+    """A branch that is merged into a masked matrix fills its zeros."""
+    found = []
+    for mask in (step for step in steps if "exact_sparsity" in step.operation.promises()):
+        for branch in (step for step in steps if step.operation.phase == "attach" and "merges" in step.operation.promises()):
+            places = [a for a in branch.parts for b in mask.parts if a.path == b.path and overlap(a, b)]
+            if places:
+                found.append(
+                    f"merging `{branch.statement}` into what `{mask.statement}` prunes makes {len(places)} "
+                    f"{'matrices' if len(places) > 1 else 'matrix'} dense again"
+                )
+    return found
+
+
+def _untied(steps: Sequence[Step]) -> list[str]:
+    """A branch on one of several users of a tensor is merged into a copy."""
+    return [
+        f"merging `{step.statement}` unties {part.path} from {', '.join(part.tied)}"
+        for step in steps
+        if step.operation.phase == "attach"
+        for part in step.parts
+        if part.tied and part.kind in ("projection", "lookup")
+    ]

@@ -1,0 +1,172 @@
+"""The functions that rewritten graphs call beside torch's own: each is one line of mathematics and its fast form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NESTED_BLOCK = 256
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A boolean tensor as (ceil(numel / 8),) uint8, first element in the lowest bit."""
+    flat = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The boolean tensor of that shape."""
+    flat = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+    return flat.flatten()[: math.prod(shape)].view(*shape).bool()
+
+
+def masked(weight: Tensor, bits: Tensor) -> Tensor:
+    """weight * mask, for a weight whose masked entries are zero already.
+
+    The product only matters to the gradient, so a frozen weight passes as it is and costs nothing.
+    """
+    return weight * unpack_bits(bits, weight.shape) if weight.requires_grad else weight
+
+
+def add_branch(y: Any, branch: Any) -> Any:
+    """y + branch, in y's dtype and rounded once: branches may be float32 over a 16-bit base."""
+    return (y + branch).to(y.dtype)
+
+
+def add_to_channels(y: Any, branch: Any, channels: Tensor) -> Any:
+    """y with branch (..., len(channels)) added to some of its last dimension; all others keep their bits."""
+    part = torch.index_select(y, -1, channels)
+    return torch.index_copy(y, -1, channels, add_branch(part, branch))
+
+
+def low_rank(x: Any, a: Tensor, b: Tensor, scale: float) -> Any:
+    """scale * b a x in a's dtype. x: (..., in); a: (rank, in); b: (out, rank)."""
+    return F.linear(F.linear(x.to(a.dtype), a), b) * scale
+
+
+def low_rank_linear(x: Any, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Any:
+    """weight x + bias + scale * b a x, as one function with its own gradient where all is of one dtype and base frozen.
+
+    The rank-r product is accumulated into the output and saved for the backward pass instead of being taken again.
+    """
+    plain = (
+        not isinstance(x, Tensor)
+        or torch.compiler.is_compiling()
+        or x.dtype != a.dtype
+        or x.dtype != weight.dtype
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or torch.is_autocast_enabled(x.device.type)
+        or type(weight) not in (Tensor, torch.nn.Parameter)
+    )
+    if plain:
+        return add_branch(F.linear(x, weight, bias), low_rank(x, a, b, scale))
+    if not torch.is_grad_enabled():
+        return _forward(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scale)[0].view(*x.shape[:-1], weight.shape[0])
+    return LowRankLinear.apply(x, weight, bias, a, b, scale)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    y = F.linear(x, weight, bias)
+    product = x @ a.t()
+    y.addmm_(product, b.t(), alpha=scale)
+    return y, product
+
+
+class LowRankLinear(torch.autograd.Function):
+    """Gradients of `low_rank_linear` for x, a and b; the base is frozen and gets none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        y, product = _forward(flat, weight, bias, a, b, scale)
+        ctx.save_for_backward(flat, weight, a, b, product)
+        ctx.scale, ctx.shape = scale, x.shape
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, product = ctx.saved_tensors
+        g = gradients[0].reshape(-1, gradients[0].shape[-1])
+        inner = (g @ b).mul_(ctx.scale)
+        grad_a = inner.t() @ x if ctx.needs_input_grad[3] else None
+        grad_b = (g.t() @ product).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (g @ weight).addmm_(inner, a).view(ctx.shape)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def linear_as(x: Any, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
+    """weight x + bias computed in another dtype, back in x's."""
+    product = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return product.to(x.dtype)
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    offset: Tensor | None,
+    format: str,
+    block: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The (out, in) weight of bitsandbytes' packed 4-bit codes, in `dtype` (through float32 where that is float64).
+
+    Only reads `packed`: bitsandbytes' own linear layer may repack it in place on some processors.
+    """
+    import bitsandbytes  # noqa: F401  (registers the operators)
+
+    if nested_absmax is not None:
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, nested_absmax, nested_map, NESTED_BLOCK, torch.float32)
+        absmax = absmax + offset
+    known = dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
+    # As one even row: blocks run through the flat weight, and odd widths would leave the compiled kernel.
+    flat = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, block, format, (1, 2 * packed.numel()), known)
+    return flat.view(-1)[: math.prod(shape)].view(shape).to(dtype)
+
+
+def quantized_linear(x: Any, bias: Tensor | None, compute: torch.dtype | None, *state: Any) -> Any:
+    """dequantize_4bit(*state) x + bias; the backward pass dequantizes again instead of keeping the wide weight."""
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _wide_linear(x, bias, compute, state)
+    return QuantizedLinear.apply(x, bias, compute, *state)
+
+
+def _wide_linear(x: Any, bias: Tensor | None, compute: torch.dtype | None, state: tuple[Any, ...]) -> Any:
+    weight = dequantize_4bit(*state)
+    return linear_as(x, weight, bias, compute or x.dtype)
+
+
+class QuantizedLinear(torch.autograd.Function):
+    """Gradients of `quantized_linear` for x and the bias; the codes have none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, compute: torch.dtype | None, *state: Any) -> Tensor:
+        ctx.state, ctx.compute, ctx.dtype = state, compute, x.dtype
+        if torch.is_autocast_enabled(x.device.type) and compute is None:
+            ctx.compute = compute = torch.get_autocast_dtype(x.device.type)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _wide_linear(x, bias, compute, state)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        g = gradients[0]
+        dtype = ctx.compute or ctx.dtype
+        grad_x = (g.to(dtype) @ dequantize_4bit(*ctx.state).to(dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None, *(None for _ in ctx.state)

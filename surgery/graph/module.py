@@ -1,0 +1,179 @@
+"""A rewritten place: the fx.GraphModule that stands where a module stood, with branches that can be switched off."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery.graph.lower import lower
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+PASSED_ON = ("in_features", "out_features", "num_embeddings", "embedding_dim", "padding_idx", "nf", "nx")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """shape: (out, in), or (vocabulary, width) of a lookup. dtype: of the base's weight at full width.
+
+    plain: the original computes what its class's standard forward does, so that it can hold a folded weight.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    lookup: bool
+    transposed: bool
+    plain: bool
+
+
+class Rewritten(fx.GraphModule):
+    """What stands in a model where a site was rewritten.
+
+    full: the graph with every branch; the graph that runs is `full` without the branches that are switched off, lowered.
+    original: what stood here, to be put back by a merge. It shares its tensors with this module until then.
+    added: names of the tensors that the program put beside the base's own.
+    off: names of the branches that are switched off; None in it means all.
+    facts: of a projection or lookup, what folding needs to know; None of other places.
+    """
+
+    full: fx.Graph
+    original: nn.Module
+    added: tuple[str, ...]
+    off: frozenset[str | None]
+    facts: Facts | None
+
+    @classmethod
+    def build(
+        cls,
+        root: nn.Module,
+        full: fx.Graph,
+        original: nn.Module,
+        added: tuple[str, ...],
+        facts: Facts | None = None,
+    ) -> Self:
+        """root: a module that holds every tensor and child that the full graph names, and some that it does not."""
+        module = cls(root, lower(full), class_name="Rewritten")
+        module._keep(root)
+        module.train(original.training)
+        for name in HOOKS:
+            if getattr(original, name, None):
+                setattr(module, name, getattr(original, name))
+        for name in PASSED_ON:
+            if hasattr(original, name):
+                object.__setattr__(module, name, getattr(original, name))
+        module._describe(full, original, added, frozenset(), facts)
+        return module
+
+    def _describe(self, *values: Any) -> None:
+        # Past nn.Module.__setattr__: the original must not become a child, whose tensors would be counted twice.
+        for name, value in zip(("full", "original", "added", "off", "facts"), values, strict=True):
+            object.__setattr__(self, name, value)
+
+    def _keep(self, root: nn.Module) -> None:
+        """Hold on to tensors and children that the running graph does not use (masks, branches that are off)."""
+        for name, parameter in root._parameters.items():
+            if name not in self._parameters:
+                self.register_parameter(name, parameter)
+        for name, tensor in root._buffers.items():
+            if name not in self._buffers:
+                self.register_buffer(name, tensor)
+        self._non_persistent_buffers_set |= root._non_persistent_buffers_set
+        for name, child in root._modules.items():
+            if name not in self._modules:
+                self.add_module(name, child)  # type: ignore[arg-type]
+
+    def switch(self, off: Container[str | None]) -> None:
+        """Run without these branches; None stands for every branch, and an empty container switches all on again."""
+        wanted = frozenset(name for name in self.branches() if name in off or None in off)
+        if wanted != self.off:
+            object.__setattr__(self, "off", wanted)
+            self.graph = lower(without(self.full, wanted))
+
+    def branches(self) -> set[str]:
+        """Names of what can be switched off here."""
+        return {node.meta["joint"] for node in self.full.nodes if "joint" in node.meta}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
+        copied: Rewritten = super().__deepcopy__(memo)  # type: ignore[assignment]
+        root = nn.Module()
+        for store in ("_parameters", "_buffers", "_modules"):
+            root.__dict__[store] = copy.deepcopy(self.__dict__[store], memo)
+        root._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        copied._keep(root)
+        copied.training = self.training
+        for name in HOOKS:
+            setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
+        for name in PASSED_ON:
+            if name in self.__dict__:
+                object.__setattr__(copied, name, self.__dict__[name])
+        full, original = copy.deepcopy(self.full, memo), copy.deepcopy(self.original, memo)
+        copied._describe(full, original, self.added, self.off, self.facts)
+        return copied
+
+
+def without(full: fx.Graph, off: Container[str | None]) -> fx.Graph:
+    """A copy of a graph in which the joints of some branches are replaced by their base, their first argument."""
+    graph = duplicate(full)
+    for node in list(graph.nodes):
+        if node.meta.get("joint") in off and "joint" in node.meta:
+            node.replace_all_uses_with(node.args[0])
+    for node in reversed(list(graph.nodes)):
+        if "statement" in node.meta and not node.users:
+            graph.erase_node(node)
+    graph.lint()
+    return graph
+
+
+def duplicate(graph: fx.Graph) -> fx.Graph:
+    """A copy with the same node names and meta."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    return copied
+
+
+def rewritten(model: nn.Module) -> Iterator[tuple[str, Rewritten]]:
+    """Every rewritten place with its path."""
+    for path, module in model.named_modules():
+        if isinstance(module, Rewritten):
+            yield path, module
+
+
+@contextmanager
+def switched(model: nn.Module, off: Container[str | None]) -> Iterator[None]:
+    """Run with some branches off, then as before."""
+    before = [(module, module.off) for _, module in rewritten(model)]
+    try:
+        for module, _ in before:
+            module.switch(off)
+        yield
+    finally:
+        for module, state in before:
+            module.switch(state)
+
+
+def added_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable tensors that programs put into a model, by full name; each shared one once."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, module in rewritten(model):
+        for name, parameter in module.named_parameters():
+            if name.partition(".")[0] in module.added and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{path}.{name}" if path else name] = parameter
+    return found

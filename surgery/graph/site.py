@@ -1,0 +1,417 @@
+"""Sites: one projection or lookup being rewritten, and the handful of edits that methods make on it.
+
+A `Draft` is the place: the module, its graph and its tensors, which several statements rewrite in turn. A `Site` is the
+draft as one statement sees one part of it: only the channels of that part, and names for its tensors that say whose
+they are. Nothing in the model changes until the compiler installs the drafts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from surgery.anatomy.parts import Part
+from surgery.graph.capture import Captured, capture
+from surgery.graph.functions import add_branch, add_to_channels
+from surgery.graph.module import Facts, Rewritten, duplicate
+
+Init = Callable[[Tensor, torch.Generator], Any]
+LANDMARKS = ("input", "product", "weight", "stored")
+
+
+def zeros(tensor: Tensor, generator: torch.Generator) -> None:
+    """All entries zero."""
+    tensor.zero_()
+
+
+def seed_of(*words: object) -> int:
+    """A seed that depends on what a tensor is, not on when it is made."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, words)).encode()).digest()[:7], "big")
+
+
+class Draft:
+    """A module being rewritten: its graph with all branches, and every tensor it will hold.
+
+    hollow: new tensors are shapes on the meta device and nothing is computed (planning, loading).
+    slots: every place (parent, child name) where the module stands; shared modules stand in several.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str,
+        parameter: str = "weight",
+        hollow: bool = False,
+        slots: Sequence[tuple[nn.Module, str]] = (),
+    ) -> None:
+        self.path, self.hollow, self.slots = path, hollow, slots
+        self.actions: list[Callable[[], Any]] = []
+        self.root = nn.Module()
+        if isinstance(module, Rewritten):
+            self.original, self.added, self.facts = module.original, list(module.added), module.facts
+            graph = duplicate(module.full)
+            nodes = {node.meta["landmark"]: node for node in graph.nodes if "landmark" in node.meta}
+            nodes.setdefault("stored", nodes["weight"])
+            (result,) = (n.args[0] for n in graph.nodes if n.op == "output")
+            self.captured = Captured(graph=graph, output=result, **nodes)
+        else:
+            self.original, self.added = module, []
+            self.captured = capture(module, path, parameter)
+            weight = module._parameters[parameter]
+            assert weight is not None
+            self.facts = Facts(
+                shape=tuple(weight.t().shape if self.transposed else weight.shape),
+                dtype=weight.dtype,
+                lookup=self.captured.product.target is F.embedding,
+                transposed=self.transposed,
+                plain=self.captured.plain,
+            )
+        for store in ("_parameters", "_buffers", "_modules"):
+            self.root.__dict__[store] = dict(module.__dict__[store])
+        self.root._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+        self.mark()
+
+    def mark(self) -> None:
+        """Write the landmarks into the nodes' meta, where a later program finds them."""
+        for node in self.captured.graph.nodes:
+            node.meta.pop("landmark", None)
+        for name in LANDMARKS:
+            getattr(self.captured, name).meta["landmark"] = name
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored (in, out)."""
+        return self.captured.weight.target is torch.t
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.captured.graph
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the site by its name."""
+        value: Tensor = getattr(self.root, name)
+        return value
+
+    def at_the_end(self, action: Callable[[], Any]) -> None:
+        """Something that changes the model's own tensors: done when every draft has succeeded."""
+        self.actions.append(action)
+
+    def finish(self) -> Rewritten:
+        """The module to install."""
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        return Rewritten.build(self.root, self.graph, self.original, tuple(self.added), self.facts)
+
+    def install(self, model: nn.Module) -> Rewritten:
+        """Put the finished module wherever the original stands."""
+        module = self.finish()
+        for action in self.actions:
+            action()
+        for parent, name in self.slots:
+            parent._modules[name] = module
+        for name, parameter in self.original._parameters.items():
+            if parameter is not None and self.root._parameters.get(name) is not parameter:
+                self.original._parameters[name] = None  # replaced: what stood there must not keep its memory
+        return module
+
+    def evaluate(self, node: fx.Node) -> Tensor:
+        """The value of a node that does not depend on the input."""
+        if node.op == "get_attr":
+            value = self.tensor(str(node.target)).detach()
+            return value.requires_grad_(value.is_floating_point())
+        # As tensors that want gradients: a mask is multiplied in for those, and the weight itself is zeroed at the end.
+        args = fx.map_arg(node.args, self.evaluate)
+        kwargs = fx.map_arg(node.kwargs, self.evaluate)
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator,no-any-return]
+
+
+class Site:
+    """One part of a draft, as one statement sees it."""
+
+    def __init__(self, draft: Draft, part: Part, statement: str, name: str | None, verb: str, seed: int = 0) -> None:
+        self.draft, self.part, self.statement, self.verb, self.seed = draft, part, statement, verb, seed
+        self.name = name or "default"
+        self._base: Tensor | None = None
+        self._before = f"{name}_" if name else ""
+        self._after = "_" + re.sub(r"\W+", "_", part.name) if part.channels else ""
+
+    @property
+    def path(self) -> str:
+        return self.draft.path
+
+    def full_name(self, name: str) -> str:
+        """The name that a tensor of this statement has in the module: whose it is, what, and of which channels."""
+        return f"{self._before}{name}{self._after}"
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether the site takes token ids to rows of a table instead of features to features."""
+        return self.draft.captured.product.target is F.embedding
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input; of a lookup, the size of its vocabulary."""
+        return self.part.shape[0] if self.is_lookup else self.part.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output, of this part's channels."""
+        return self.part.shape[1] if self.is_lookup else self.part.width
+
+    @property
+    def input(self) -> fx.Node:
+        """x: what the product reads."""
+        x: Any = self.draft.captured.product.args[0]
+        return self.draft.captured.input if self.draft.captured.product.target is torch.addmm else x
+
+    @property
+    def output(self) -> fx.Node:
+        """What the site gives so far."""
+        return self.draft.captured.output
+
+    @property
+    def weight(self) -> fx.Node:
+        """The (out, in) weight as the product reads it, masked or dequantized."""
+        return self.draft.captured.weight
+
+    @property
+    def stored(self) -> fx.Node:
+        """The weight as it is stored, perhaps masked, before it is transposed."""
+        return self.draft.captured.stored
+
+    @property
+    def base(self) -> fx.Node:
+        """The product itself, bias included, without any branch."""
+        return self.draft.captured.product
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what the base computes with."""
+        state = self.weight.meta.get("dtype")
+        return state if state is not None else self.draft.tensor(self.part.parameter).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where new tensors are made."""
+        return torch.device("meta") if self.draft.hollow else self.draft.tensor(self.part.parameter).device
+
+    def evaluate(self, node: fx.Node) -> Tensor:
+        """The value of a node that does not depend on the input, such as the weight."""
+        return self.draft.evaluate(node).detach()
+
+    def data(self, name: str) -> Tensor:
+        """A tensor that this statement added, by the name it was added under."""
+        return self.draft.tensor(self.full_name(name))
+
+    def generator(self, name: str) -> torch.Generator:
+        """Random numbers that belong to one tensor of this statement, whatever else the program says."""
+        return torch.Generator().manual_seed(seed_of(self.seed, self.path, self.verb, self.full_name(name)))
+
+    def rows_of(self, value: Tensor) -> Tensor:
+        """The part's rows of a (out, in) tensor."""
+        return value if self.part.channels is None else value[self._runs()]
+
+    def set_rows(self, stored: Tensor, rows: Tensor) -> None:
+        """Write the part's rows of a tensor that lies as the weight is stored."""
+        wide = stored.t() if self.part.transposed else stored
+        wide[self._runs() if self.part.channels is not None else slice(None)] = rows
+
+    def _runs(self) -> Tensor:
+        return torch.cat([torch.arange(start, stop) for start, stop in self.part.channels or ()])
+
+    # Edits
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node, in front of the output."""
+        (end,) = (node for node in self.draft.graph.nodes if node.op == "output")
+        with self.draft.graph.inserting_before(end):
+            node = self.draft.graph.call_function(function, args, kwargs)
+        return self._ours(node)
+
+    def parameter(self, name: str, shape: tuple[int, ...], init: Init = zeros, dtype: torch.dtype | None = None) -> fx.Node:
+        """A new trainable tensor; float32 over a 16-bit base, the base's dtype otherwise."""
+        wide = torch.float32 if self.dtype.itemsize < 4 else self.dtype
+        tensor = torch.empty(shape, dtype=dtype or wide, device=self.device)
+        self._fill(tensor, name, init)
+        return self._attribute(name, nn.Parameter(tensor))
+
+    def buffer(self, name: str, tensor: Tensor, persistent: bool = True) -> fx.Node:
+        """A new tensor that is not trained. It is moved to the site's device."""
+        full = self.full_name(name)
+        self.draft.root.register_buffer(full, tensor.to(self.device), persistent)
+        self.draft.added.append(full)
+        return self._get(full)
+
+    def module(self, name: str, module: nn.Module) -> Callable[..., fx.Node]:
+        """A new child, such as dropout, whose mode follows the model's; gives the function that calls it."""
+        full = self.full_name(name)
+        self.draft.root.add_module(full, module)
+        self.draft.added.append(full)
+
+        def called(*args: Any) -> fx.Node:
+            (end,) = (node for node in self.draft.graph.nodes if node.op == "output")
+            with self.draft.graph.inserting_before(end):
+                return self._ours(self.draft.graph.call_module(full, args))
+
+        return called
+
+    def channels(self) -> fx.Node | None:
+        """Indices of this part's output channels, None when they are all."""
+        if self.part.channels is None:
+            return None
+        name = f"{self.part.name}_channels"
+        if name in self.draft.root._buffers:
+            return self._get(name)
+        # Not through self.device: an index is needed as it is, also where tensors are hollow.
+        device = self.draft.tensor(self.part.parameter).device
+        self.draft.root.register_buffer(name, self._runs().to(device), persistent=False)
+        return self._get(name)
+
+    def base_without_bias(self) -> fx.Node:
+        """The part's channels of weight x, without bias or branches."""
+        product, bias = self.base, self.base.args[2] if len(self.base.args) > 2 else None
+        return self.own_rows(product if bias is None else self.call(torch.sub, product, bias), -1)
+
+    def own_rows(self, node: fx.Node, dim: int = 0) -> fx.Node:
+        """The part's channels of a value that has all of them along `dim`."""
+        index = self.channels()
+        return node if index is None else self.call(torch.index_select, node, dim, index)
+
+    def add_to_output(self, branch: fx.Node) -> None:
+        """output + branch on the part's channels; others keep their bits. Switched off, the output is as before."""
+        index = self.channels()
+        if index is None:
+            joint = self.call(add_branch, self.output, branch)
+        else:
+            joint = self.call(add_to_channels, self.output, branch, index)
+        joint.meta["joint"] = self.name
+        self._give(joint)
+
+    def mask_weight(self, function: Callable[..., Any], *more: Any) -> None:
+        """Let the product read function(stored weight, *more) where it read the weight as it is stored."""
+        captured = self.draft.captured
+        old = captured.stored
+        new = self.call(function, old, *more)
+        if old is captured.weight:
+            captured.weight = new
+        captured.stored = new
+        self._rewire(old, new)
+
+    def replace_weight(self, new: fx.Node, dtype: torch.dtype) -> None:
+        """Let the product read another node as its (out, in) weight. dtype: what the base computes with from here on."""
+        captured = self.draft.captured
+        old = captured.weight
+        new.meta["dtype"] = dtype
+        captured.weight = captured.stored = new
+        self._rewire(old, new)
+        self.draft.graph.eliminate_dead_code()
+
+    def replace_product(self, function: Callable[..., Any], *more: Any) -> None:
+        """Let another function with the same first operands take the product."""
+        product = self.base
+        product.target = function
+        product.args = (*product.args, *more)
+        product.meta["statement"] = self.statement
+
+    def keep_base(self) -> None:
+        """Set the full-width weight aside, for `base_weight` to give while the statement fills its tensors."""
+        self._base = None if self.draft.hollow else self.evaluate(self.weight)
+
+    def base_weight(self) -> Tensor:
+        """The (out, in) weight that `keep_base` set aside, masked as the product read it."""
+        assert self._base is not None, "keep_base was not called, or nothing is filled here"
+        return self._base
+
+    def forget_base(self) -> None:
+        """Let the full-width weight go."""
+        self._base = None
+
+    def zero_out(self, mask: Tensor) -> None:
+        """Zero the stored weight where the mask is False, once every statement has succeeded and if it is still there."""
+
+        def zero() -> None:
+            weight = self.draft.tensor(self.part.parameter)
+            if weight.shape == mask.shape:  # it may have become codes, which were taken from the masked weight
+                weight.data.mul_(mask)
+
+        self.draft.at_the_end(zero)
+
+    def put(self, name: str, tensor: Tensor) -> fx.Node:
+        """Hold a tensor under one of the base's names, as a frozen parameter."""
+        self.draft.root._parameters.pop(name, None)
+        self.draft.root.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        with self.draft.graph.inserting_before(next(iter(self.draft.graph.nodes))):
+            return self._ours(self._unchecked(name))
+
+    def subtract_from_weight(self, rows: Tensor) -> None:
+        """Change the base: its weight less `rows` (out of this part, in). For inits that start from the weight itself."""
+        stored = self.draft.tensor(self.part.parameter)
+        changed = stored.detach().clone()
+        kept = self.rows_of(changed.t() if self.part.transposed else changed)
+        self.set_rows(changed, kept - rows.to(stored.dtype))
+        self.draft.root.register_parameter(self.part.parameter, nn.Parameter(changed, requires_grad=False))
+
+    def get(self, name: str) -> fx.Node:
+        """The node of a tensor by its full name."""
+        return self._get(name)
+
+    def _give(self, node: fx.Node) -> None:
+        (end,) = (n for n in self.draft.graph.nodes if n.op == "output")
+        end.args = (node,)
+        self.draft.captured.output = node
+
+    def _ours(self, node: fx.Node) -> fx.Node:
+        node.meta["statement"] = self.statement
+        return node
+
+    def _get(self, full: str) -> fx.Node:
+        for node in self.draft.graph.nodes:
+            if node.op == "get_attr" and node.target == full:
+                return node
+        first = next(iter(self.draft.graph.nodes))
+        with self.draft.graph.inserting_before(first):
+            return self._ours(self._unchecked(full))
+
+    def _unchecked(self, full: str) -> fx.Node:
+        # The graph belongs to no module yet, so fx cannot look the attribute up.
+        return self.draft.graph.create_node("get_attr", full, (), {})
+
+    def _attribute(self, name: str, parameter: nn.Parameter) -> fx.Node:
+        full = self.full_name(name)
+        self.draft.root.register_parameter(full, parameter)
+        self.draft.added.append(full)
+        return self._get(full)
+
+    def _fill(self, tensor: Tensor, name: str, init: Init) -> None:
+        if self.draft.hollow or tensor.is_meta:
+            return
+        # Drawn on the CPU so that a seed means the same numbers on every device.
+        drawn = torch.empty(tensor.shape, dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+        with torch.no_grad():
+            init(drawn, self.generator(name))
+            tensor.copy_(drawn)
+
+    def _rewire(self, old: fx.Node, new: fx.Node) -> None:
+        """Give `new` to every reader of `old` but its own ancestors, and move it in front of the first of them."""
+        ancestors = {new}
+        stack = [new]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source not in ancestors:
+                    ancestors.add(source)
+                    stack.append(source)
+        readers = [user for user in old.users if user not in ancestors]
+        first = min(readers, default=None)
+        for node in list(self.draft.graph.nodes):
+            if first is not None and node in ancestors and node.op == "call_function" and first < node:
+                first.prepend(node)
+        for reader in readers:
+            reader.replace_input_with(old, new)
+        self.draft.mark()

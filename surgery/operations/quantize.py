@@ -1,0 +1,95 @@
+"""4-bit storage of frozen weights: NF4 with double quantization (QLoRA, Dettmers et al. 2023) or FP4, by bitsandbytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from surgery.language.selector import Role, Selector
+from surgery.lazy import functions, torch
+from surgery.operations.base import Count, Flag, Granularity, Operation, Phase, Word, flag, kind, option
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from torch import Tensor
+
+    from surgery.anatomy.parts import Kind, Part
+    from surgery.graph.site import Site
+
+BLOCKS = (32, 64, 128, 256, 512, 1024)
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Operation):
+    """Keep a weight as 4-bit codes with one scale per block, and widen it when it is used.
+
+    The codes and scales are bitsandbytes' own, byte for byte. Zero is one of the codes, so a pruned weight stays zero.
+    """
+
+    verb: ClassVar[str] = "quantize"
+    phase: ClassVar[Phase] = "quantize"
+    acts_on: ClassVar[tuple[Kind, ...]] = ("projection",)
+    default_selector: ClassVar[Selector | None] = Role("base")
+    leads: ClassVar[bool] = True
+    granularity: ClassVar[Granularity] = "module"
+
+    format: Word = kind("4-bit NormalFloat, or 4-bit float", choices=("nf4", "fp4"))
+    double: Flag = flag("quantize the scales as well, to 8 bits in blocks of 256")
+    block: Count = option("weights that share a scale", default=64, choices=BLOCKS)
+    compute: Word = option(
+        "dtype of the product; the input's own by default", default="input", choices=("input", *DTYPES)
+    )
+
+    def fits(self, part: Part) -> str | None:
+        if part.channels is not None:
+            return "only some rows of a fused projection are selected, and its scales run across rows: select it whole"
+        if part.tied:
+            return f"its weight is shared with {', '.join(part.tied)}, which would need it at full width"
+        return None
+
+    def promises(self) -> tuple[str, ...]:
+        return ("exact_codes",)
+
+    def claims(self, name: str | None) -> tuple[str, ...]:
+        return ("codes",)
+
+    def rewrite(self, site: Site) -> None:
+        shape = (site.part.shape[0], site.part.shape[1])
+        codes, device, dtype = shape[0] * shape[1], site.device, site.dtype
+        blocks = -(-codes // self.block)
+        site.keep_base()
+        packed = site.put("weight", torch.empty(((codes + 1) // 2, 1), dtype=torch.uint8, device=device))
+        scale_dtype = torch.uint8 if self.double else torch.float32
+        state = [site.buffer("weight_absmax", torch.empty(blocks, dtype=scale_dtype, device=device))]
+        if self.double:
+            nested = {"nested_absmax": (-(-blocks // functions.NESTED_BLOCK),), "nested_map": (256,), "offset": ()}
+            state += [site.buffer(f"weight_{name}", torch.empty(size, device=device)) for name, size in nested.items()]
+        wide = site.call(
+            functions.dequantize_4bit, packed, *state, *(None,) * (4 - len(state)), self.format, self.block, shape, dtype
+        )
+        site.replace_weight(wide, dtype)
+        if self.compute != "input":
+            site.replace_product(functions.linear_as, getattr(torch, DTYPES[self.compute]))
+
+    def fill(self, sites: Sequence[Site], context: Any) -> None:
+        for site in sites:
+            codes, state = encode(site.base_weight(), self.format, self.block, self.double)
+            site.draft.tensor("weight").data.copy_(codes)
+            site.data("weight_absmax").copy_(state.absmax)
+            if self.double:
+                site.data("weight_nested_absmax").copy_(state.state2.absmax)
+                site.data("weight_nested_map").copy_(state.state2.code)
+                site.data("weight_offset").copy_(state.offset)
+            site.forget_base()
+
+
+def encode(weight: Tensor, format: str, block: int, double: bool) -> tuple[Tensor, Any]:
+    """bitsandbytes' codes (numel/2, 1) uint8 and quantization state of a (out, in) weight; float64 goes by float32."""
+    import bitsandbytes.functional as bnb
+
+    narrow = weight.to(torch.float32) if weight.dtype == torch.float64 else weight
+    codes, state = bnb.quantize_4bit(narrow.contiguous(), blocksize=block, compress_statistics=double, quant_type=format)
+    return codes, state

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.language.format import format_text as format_text
-    from surgery.language.parse import load_program as load_program
-    from surgery.language.parse import parse as parse
+    from surgery.language.load import load_program as load_program
+    from surgery.language.load import parse as parse
 
 HOMES = {
     "format_text": "surgery.language.format",
-    "load_program": "surgery.language.parse",
-    "parse": "surgery.language.parse",
+    "load_program": "surgery.language.load",
+    "parse": "surgery.language.load",
 }
 
 

@@ -84,6 +84,11 @@ class Operation:
         return ()
 
     @property
+    def on_merge(self) -> str:
+        """What a merge does with it, in a few words for the plan: `folds into the weight`."""
+        return "folds into the weight" if "merges" in self.promises() else "stays"
+
+    @property
     def collective(self) -> bool:
         """Whether `fill` needs all sites at once; otherwise each is filled as soon as it is rewritten."""
         return False

@@ -165,9 +165,13 @@ def payload(
     return Payload(_forms(form)[0], default, at_least, above, at_most, below)
 
 
-@cache
 def schema(operation: type) -> tuple[Option, ...]:
     """The options a class declares, in order; base classes first."""
+    return _schema(operation)
+
+
+@cache
+def _schema(operation: Any) -> tuple[Option, ...]:
     return tuple(
         _option(operation, declared) for declared in dataclasses.fields(operation) if "surgery" in declared.metadata
     )

@@ -1,0 +1,128 @@
+"""The language reference: the syntax as written by hand, then a section per verb out of its own schema."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+
+from surgery.errors import Diagnostic, ProgramError
+from surgery.language.data import grammar_file
+from surgery.language.source import Source, Span
+from surgery.language.suggest import did_you_mean, listed
+from surgery.language.values import number_text, percent
+from surgery.language.write import selector_text, value_text
+from surgery.operations import lookup, verbs
+from surgery.operations.base import Operation
+from surgery.operations.options import Form, Option, Payload, SameAs, schema
+
+MARKER = "<!-- From here on generated: surgery reference --write grammar/README.md -->\n"
+SHOWN: Mapping[Form, str] = {
+    "count": "N",
+    "number": "X",
+    "share": "P%",
+    "ratio": "N:M",
+    "word": "WORD",
+    "text": '"TEXT"',
+    "file": '"PATH"',
+    "variant": "WORD",
+    "selection": "SELECTOR",
+}
+
+
+def reference(head: str | None, chosen: Iterable[str]) -> str:
+    """The whole page; `head` None: the one in grammar/README.md."""
+    if head is None:
+        head = grammar_file("README.md").partition(MARKER)[0]
+    return head + MARKER + "\n## Verbs\n\n" + "\n\n".join(verb_section(verb, "###") for verb in sorted(chosen)) + "\n"
+
+
+def verb_section(verb: str, heading: str = "##") -> str:
+    """One verb in Markdown: synopsis, what it is, a table of options. Raises ProgramError (S010) when there is none."""
+    operation = lookup(verb)
+    if operation is None:
+        span = Span(Source("verb", verb), 0, len(verb))
+        raise ProgramError(Diagnostic("S010", f"unknown verb '{verb}'", span, did_you_mean(verb, verbs())))
+    options = schema(operation)
+    rows = [f"| `{_term(option)}` | {_meaning(option)} | {_default(option)} |" for option in options]
+    table = ["", "| option | meaning | default |", "| --- | --- | --- |", *rows] if rows else []
+    return "\n".join(
+        [
+            f"{heading} {verb}",
+            "",
+            "```",
+            synopsis(operation),
+            "```",
+            "",
+            *(line.rstrip() for line in (inspect.getdoc(operation) or "").splitlines()),
+            *table,
+            "",
+            _acting(operation),
+        ]
+    )
+
+
+def synopsis(operation: type[Operation]) -> str:
+    """`lora rank N [alpha X] ... on SELECTOR`."""
+    by_place = {"kind": 0, "quantity": 1, "option": 2, "flag": 3}
+    options = sorted(schema(operation), key=lambda option: (by_place[option.place], not option.required))
+    words = [_term(option) if option.required else f"[{_term(option)}]" for option in options]
+    if operation.leads:
+        return " ".join([operation.verb, "[SELECTOR]", *words])
+    target = "" if not operation.acts_on else "on SELECTOR" if operation.default_selector is None else "[on SELECTOR]"
+    return " ".join(filter(None, [operation.verb, *words, target]))
+
+
+def _acting(operation: type[Operation]) -> str:
+    acts = f"Acts on: {listed(operation.acts_on, 'and')}. " if operation.acts_on else ""
+    default = operation.default_selector
+    target = f"Without a selector: `{selector_text(default)}`. " if default is not None else ""
+    return f"{acts}{target}Phase: {operation.phase}."
+
+
+def _term(option: Option) -> str:
+    if option.place == "flag":
+        return option.word
+    if option.place == "kind":
+        return "|".join(option.choices)
+    unit = f" {option.unit}" if option.unit else ""
+    written = _choices(option) if option.choices else "|".join(SHOWN[form] for form in option.forms)
+    return f"{written}{unit}" if option.place == "quantity" else f"{option.word} {written}{unit}"
+
+
+def _choices(option: Option) -> str:
+    return "|".join(f"{word} {_carried(carried)}" if carried else str(word) for word, carried in option.choices.items())
+
+
+def _carried(carried: Payload) -> str:
+    shown = SHOWN[carried.form]
+    return shown if Option("", "option", "", (), carried.default).required else f"[{shown}]"
+
+
+def _meaning(option: Option) -> str:
+    share = "share" in option.forms
+    bounds = [
+        ("at least", option.at_least),
+        ("more than", option.above),
+        ("at most", option.at_most),
+        ("less than", option.below),
+    ]
+    said = [f"{word} {number_text(float(bound), share)}" for word, bound in bounds if bound is not None]
+    carried = [
+        f"`{word}` {number_text(carried.default)}"
+        for word, carried in option.choices.items()
+        if carried is not None and isinstance(carried.default, (int, float))
+    ]
+    defaults = f" (unless said: {', '.join(carried)})" if carried else ""
+    return option.help.replace("|", "\\|") + (f"; {' and '.join(said)}" if said else "") + defaults
+
+
+def _default(option: Option) -> str:
+    if option.required:
+        return "required"
+    if option.place == "flag" or option.default is None:
+        return ""
+    if isinstance(option.default, SameAs):
+        return f"same as {option.default.field}"
+    if isinstance(option.default, float) and "share" in option.forms:
+        return f"`{percent(option.default)}`"
+    return f"`{value_text(option.default, option)}`"

@@ -1,0 +1,37 @@
+"""What an option takes, in words, for errors and for the reference."""
+
+from __future__ import annotations
+
+from surgery.language.suggest import listed
+from surgery.language.values import wanted
+from surgery.operations.options import Option
+
+SAMPLES = {"count": "8", "number": "0.5", "share": "5%", "ratio": "2:4", "text": '"..."', "file": '"..."'}
+
+
+def expected(option: Option) -> str:
+    """`a whole number, such as 8`, or the choices."""
+    return listed(option.choices) if option.choices else wanted(option.forms)
+
+
+def described(option: Option) -> str:
+    """How a missing option is called."""
+    if option.place == "option":
+        return f"'{option.word}'"
+    return f"{'an' if option.word[0] in 'aeiou' else 'a'} {option.word}"
+
+
+def usage(option: Option) -> str:
+    """`write `rank 8``."""
+    sample = str(next(iter(option.choices))) if option.choices else SAMPLES.get(option.forms[0], "ffn")
+    return f"write `{option.word} {sample}`"
+
+
+def worded(option: Option) -> bool:
+    """Whether the value may be a bare word."""
+    return any(form in ("word", "variant", "selection") for form in option.forms)
+
+
+def short(text: str) -> str:
+    """At most 40 characters, for messages."""
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,154 @@
+"""Values back to text: operations, selectors, statements, in the one form the parser reads back to the same value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from surgery.language.program import Statement
+from surgery.language.roles import is_sibling
+from surgery.language.selector import Difference, Glob, Intersection, Layers, Role, Selector, Union
+from surgery.language.texts import encode
+from surgery.language.values import number_text, percent
+from surgery.operations.base import Operation
+from surgery.operations.options import Option, SameAs, Variant, schema
+
+PLACES = {"kind": 0, "quantity": 1, "option": 2, "flag": 2}
+
+
+def statement_text(statement: Statement) -> str:
+    """`quantize base nf4 double`: what it acts on in front where the verb takes it there, else after `on`."""
+    operation = statement.operation
+    words = _words(operation)
+    whole, scope, cut = _clauses(statement.selector)
+    tail: list[str] = []
+    if whole == Union(()):
+        pass
+    elif operation.leads and _may_lead(whole, words):
+        words = [selector_text(whole), *words]
+    else:
+        tail.append(f"on {selector_text(whole)}")
+    tail += [
+        f"{keyword} {selector_text(part)}" for keyword, part in (("in", scope), ("except", cut)) if part is not None
+    ]
+    tail += [f"as {statement.name}"] if statement.name is not None else []
+    tail += [f"expect {statement.expect}"] if statement.expect is not None else []
+    return " ".join([operation.verb, *words, *tail])
+
+
+def operation_text(operation: Operation) -> str:
+    """The verb with its kind, its quantity, and every option that is not at its default."""
+    return " ".join([operation.verb, *_words(operation)])
+
+
+def selector_text(selector: Selector) -> str:
+    """A selector as it stands after `on`; a scope or a cut inside it in parentheses."""
+    if isinstance(selector, Role):
+        return f"all {selector.name}" if selector.name in ("linear", "layers") else selector.name
+    if isinstance(selector, Glob):
+        return encode(selector.pattern)
+    if isinstance(selector, Layers):
+        return _layers_text(selector)
+    if isinstance(selector, Union):
+        return _union_text(selector)
+    return f"({_nested_text(selector)})"
+
+
+def layers_range(layers: Layers) -> str:
+    """`0..3`, `7`, `even`, or nothing for every layer."""
+    if layers.parity is not None:
+        return layers.parity
+    if layers.first is None:
+        return ""
+    return str(layers.first) if layers.last in (layers.first, None) else f"{layers.first}..{layers.last}"
+
+
+def value_text(value: Any, option: Option) -> str:
+    """An option's value."""
+    if isinstance(value, Variant):
+        carried = option.choices.get(value.word)
+        form = carried.form if carried is not None else "word"
+        return value.word if value.value is None else f"{value.word} {_scalar(value.value, form)}"
+    return _scalar(value, _form(value, option))
+
+
+def _words(operation: Operation) -> list[str]:
+    words: list[str] = []
+    for option in sorted(schema(type(operation)), key=lambda option: PLACES[option.place]):
+        value = getattr(operation, option.name)
+        default = option.default
+        if isinstance(default, SameAs):
+            default = getattr(operation, default.field)
+        if value == default:
+            continue
+        if option.place == "flag":
+            words.append(option.word)
+            continue
+        text = value_text(value, option)
+        unit = f" {option.unit}" if option.unit else ""
+        words.append(f"{option.word} {text}{unit}" if option.place == "option" else f"{text}{unit}")
+    return words
+
+
+def _form(value: Any, option: Option) -> str:
+    """Which of an option's forms a value was read as."""
+    types = {"count": int, "number": float, "share": float, "file": Path}
+    for form in option.forms:
+        if form in types and isinstance(value, types[form]):
+            return form
+    return option.forms[0]
+
+
+def _scalar(value: Any, form: str) -> str:
+    if form == "share" and isinstance(value, (int, float)):
+        return percent(float(value))
+    if form in ("text", "file"):
+        return encode(str(value))
+    if form == "selection":
+        return selector_text(value)
+    return number_text(value) if isinstance(value, (int, float)) else str(value)
+
+
+def _clauses(selector: Selector) -> tuple[Selector, Selector | None, Selector | None]:
+    whole, cut = (selector.whole, selector.cut) if isinstance(selector, Difference) else (selector, None)
+    return (whole.whole, whole.scope, cut) if isinstance(whole, Intersection) else (whole, None, cut)
+
+
+def _may_lead(whole: Selector, words: list[str]) -> bool:
+    """Whether a selector in front is read as one; roles are, unless the verb has a word of the same name."""
+    roles = whole.items if isinstance(whole, Union) else (whole,)
+    said = {word for text in words for word in text.split()}
+    return all(isinstance(role, Role) and role.name not in said for role in roles)
+
+
+def _layers_text(layers: Layers) -> str:
+    text = layers_range(layers)
+    if not text:
+        return layers.stack or "all layers"
+    return f"{layers.stack} layers {text}" if layers.stack else f"layers {text}"
+
+
+def _union_text(union: Union) -> str:
+    text = ""
+    before: Selector | None = None
+    for item in union.items:
+        if isinstance(before, Role) and isinstance(item, Role) and _siblings(before.name, item.name):
+            text += f",{item.name.rpartition('.')[2]}"
+        else:
+            text += f" + {selector_text(item)}" if text else selector_text(item)
+        before = item
+    return text
+
+
+def _siblings(before: str, name: str) -> bool:
+    parent, _, part = name.rpartition(".")
+    return bool(parent) and before.rpartition(".")[0] == parent and is_sibling(before, part)
+
+
+def _nested_text(selector: Selector) -> str:
+    """Scopes and cuts from left to right, as the grammar reads them."""
+    if isinstance(selector, Intersection):
+        return f"{_nested_text(selector.whole)} in {selector_text(selector.scope)}"
+    if isinstance(selector, Difference):
+        return f"{_nested_text(selector.whole)} except {selector_text(selector.cut)}"
+    return selector_text(selector)

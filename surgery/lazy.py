@@ -30,7 +30,7 @@ def lazy(name: str) -> ModuleType:
 
 if TYPE_CHECKING:
     import torch as torch
-    import torch.nn.functional as functional
+    from torch.nn import functional as functional
 
     from surgery.graph import functions as functions
 else:

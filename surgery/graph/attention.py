@@ -203,7 +203,7 @@ class AttentionSite(Site):
         first = 1 if self.draft.by_interface else 0  # the module itself
         operands = {name: core.args[place + first] for name, place in places.items() if place + first < len(core.args)}
         if self.draft.by_interface:
-            implicit = self.draft.root.core.causal_without_mask
+            implicit = self._causal_without_mask
             mask = self.call(
                 prefixed_call_mask,
                 operands["mask"],
@@ -232,7 +232,7 @@ class AttentionSite(Site):
             scores = attention_hand.scaled_scores(self._landmark("scores"), key, heads, self.path, self.call)
             out: Any = self._landmark("product_out")
             own = self.call(like, value, self._landmark("value"), heads)
-            share = attention_hand.weighted(core, out, scores, own)
+            share = attention_hand.weighted(core, out, scores, own, self.out)
         else:
             first = 1 if self.draft.by_interface else 0
             own_key = self.call(like, key, self._landmark("key"), heads)
@@ -240,8 +240,7 @@ class AttentionSite(Site):
             args = list(core.args)
             args[1 + first], args[2 + first], args[3 + first] = own_key, own_value, self.call(absent)
             if self.draft.by_interface:
-                implicit = self.draft.root.core.causal_without_mask
-                args[5] = self.call(alone_keywords, self._landmark("keywords"), implicit)
+                args[5] = self.call(alone_keywords, self._landmark("keywords"), self._causal_without_mask)
             else:
                 args[4] = False
             with graph.inserting_before(core):
@@ -249,12 +248,17 @@ class AttentionSite(Site):
                 if self.draft.by_interface:
                     share = self._ours(graph.call_function(attention_interface.item, (share, 0)))
         before = self.out
-        with graph.inserting_after(before):
+        with graph.inserting_after(max(before, share)):
             joint = self._ours(graph.call_function(gated, (before, share, gate, 2 if self.draft.by_interface else 1)))
         joint.meta["joint"] = self.name
         before.replace_all_uses_with(joint, delete_user_cb=lambda user: user is not joint)
         before.meta["landmarks"].discard("out")
         joint.meta["landmarks"] = {"out"}
+
+    @property
+    def _causal_without_mask(self) -> bool:
+        core: Any = self.draft.root.core
+        return bool(core.causal_without_mask)
 
     def _landmark(self, name: str) -> fx.Node:
         node = self.draft.node(name)

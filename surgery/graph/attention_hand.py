@@ -61,9 +61,9 @@ def scaled_scores(scores: fx.Node, key: fx.Node, heads: int, path: str, call: Ca
     return result
 
 
-def weighted(core: fx.Node, out: fx.Node, scores: fx.Node, value: fx.Node) -> fx.Node:
-    """The model's own softmax, dropout and product again, over other scores and values."""
-    result, old, last = scores, core.args[0], out
+def weighted(core: fx.Node, out: fx.Node, scores: fx.Node, value: fx.Node, after: fx.Node) -> fx.Node:
+    """The model's own softmax, dropout and product again, over other scores and values; put behind a node."""
+    result, old, last = scores, core.args[0], after
     for step in (core, *_between(core, out)):
         result = last = _again(step, old, result, last)
         old = step

@@ -1,7 +1,7 @@
 """Attention calls that go through transformers' AttentionInterface: found, and led through a graph of ours.
 
 The attention module keeps its class and gets a child, `surgery_attention`, and a configuration of its own that names
-the implementation `surgery`; that one calls the child. Masks are still made by the model, for the implementation it had.
+the implementation `surgery`; that one calls the child. The model still makes its masks for the implementation it had.
 """
 
 from __future__ import annotations

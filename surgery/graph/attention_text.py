@@ -14,8 +14,9 @@ from surgery.graph.module import Rewritten, switched, without
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text as it stands, without special tokens. tokenizer: one of transformers or of tokenizers, or a callable.
+    """Ids of a text as it stands, without special tokens.
 
+    tokenizer: one of transformers or of tokenizers, or a callable from text to ids.
     Raises GraphError S348 when the text has no tokens.
     """
     if hasattr(tokenizer, "encode"):

@@ -64,7 +64,7 @@ def _trace(module: nn.Module, path: str, given: frozenset[str] | None) -> fx.Gra
         raise GraphError.of(
             "S341",
             f"cannot trace the attention of `{type(module).__name__}` at {path}{line}: {error}",
-            help="its forward decides on values, or takes what is no tensor; compute the attention in a module of its own",
+            help="its forward decides on values or takes what is no tensor; give the attention a module of its own",
         ) from None
 
 
@@ -175,18 +175,9 @@ def _call(graph: fx.Graph, node: fx.Node, module: nn.Module) -> Iterator[dict[st
         if product is not None and products:
             out = products[0]
             query, key, value = product.args[0], product.args[1], out.args[1]
-            assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
-            assert isinstance(scores, fx.Node)
-            yield {
-                "query": query,
-                "transposed_key": key,
-                "value": value,
-                "scores": scores,
-                "product": product,
-                "core": node,
-                "product_out": out,
-                "out": out,
-            }
+            operands = {"query": query, "transposed_key": key, "value": value, "scores": scores, "product": product}
+            nodes = {name: each for name, each in operands.items() if isinstance(each, fx.Node)}
+            yield {**nodes, "core": node, "product_out": out, "out": out}
 
 
 def _over_keys(module: nn.Module, node: fx.Node) -> bool:

@@ -30,7 +30,7 @@ class Prefix(Operation):
     """Prefix tuning (Li & Liang 2021): K' = [P_K; K], V' = [P_V; V] in every layer, seen by every query.
 
     Tokens stand at positions n, n + 1, ... as if n others came first. `gated` (LLaMA-Adapter, Zhang et al. 2023) leaves
-    the model's own attention alone: out + tanh(g) softmax(q P_K^T) P_V with g = 0 at the start, per head; positions stay.
+    the model's own attention alone: out + tanh(g) softmax(q P_K^T) P_V, g = 0 at the start, one per head; positions stay.
     """
 
     verb: ClassVar[str] = "prefix"
@@ -57,6 +57,11 @@ class Prefix(Operation):
     def text(self) -> str | None:
         """The text whose keys and values are the start."""
         return str(self.init.value) if self.init is not None and self.init.word == "text" else None
+
+    @property
+    def bottleneck(self) -> int:
+        """Width of the network that makes the prefix; 0 without one."""
+        return int(str(self.via.value)) if self.via is not None else 0
 
     @property
     def needs_text(self) -> bool:
@@ -109,8 +114,8 @@ class Prefix(Operation):
     def _through_mlp(self, site: AttentionSite) -> tuple[Node, Node]:
         """P = W2 tanh(W1 E + b1) + b2: E, W1 and b1 are one for all layers, W2 and b2 the layer's own rows."""
         heads, n = site.heads, self.positions or 0
-        bottleneck, width = int(self.via.value or 0) if self.via else 0, heads.key_width + heads.value_width
-        embedding = site.shared("prefix_embedding", (n, site.width), torch.nn.init.normal_)
+        bottleneck, width = self.bottleneck, heads.key_width + heads.value_width
+        embedding = site.shared("prefix_embedding", (n, site.width), standard)
         trunk = site.shared("prefix_trunk_weight", (bottleneck, site.width), kaiming)
         offset = site.shared("prefix_trunk_bias", (bottleneck,))
         weight = site.parameter("prefix_mlp_weight", (heads.key_value * width, bottleneck), kaiming)
@@ -140,6 +145,11 @@ class Prefix(Operation):
 def small(tensor: Tensor, generator: Generator) -> None:
     """Standard deviation 0.02, as the embeddings of the models that prefixes were first used on."""
     torch.nn.init.normal_(tensor, std=0.02, generator=generator)
+
+
+def standard(tensor: Tensor, generator: Generator) -> None:
+    """Standard deviation 1, as torch's own embeddings start."""
+    torch.nn.init.normal_(tensor, generator=generator)
 
 
 def kaiming(tensor: Tensor, generator: Generator) -> None:

@@ -1,0 +1,1 @@
+"""Data: the grammar, the language reference and the explanations of error codes. Read with importlib.resources."""

@@ -1,0 +1,1 @@
+"""Data: example programs, each run by a test. Read with importlib.resources."""

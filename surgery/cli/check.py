@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from surgery.cli.programs import read_program, set_option
+from surgery.cli.arguments import read_program, set_option
 from surgery.errors import Diagnostic, ProgramError
 
 
@@ -12,12 +12,12 @@ from surgery.errors import Diagnostic, ProgramError
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @set_option
 @click.option("--print", "printed", is_flag=True, help="Print the program as understood: includes and values put in.")
-def command(files: tuple[str, ...], parameters: dict[str, str], printed: bool) -> None:
+def command(files: tuple[str, ...], settings: dict[str, str], printed: bool) -> None:
     """Check programs, without a model: syntax, verbs, options, values, roles, includes."""
     faults: list[Diagnostic] = []
     for name in files:
         try:
-            program = read_program(name, parameters)
+            program = read_program(name, settings)
         except ProgramError as error:
             faults += error.diagnostics
             continue

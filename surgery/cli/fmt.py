@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import click
 
-from surgery.cli.programs import read_text
 from surgery.errors import CheckpointError, Diagnostic, ProgramError
 from surgery.language.format import format_text
 
@@ -26,7 +26,7 @@ def command(context: click.Context, files: tuple[str, ...], check: bool) -> None
     changed: list[str] = []
     for name in files:
         try:
-            text = read_text(name)
+            text = _read(name)
             formatted = format_text(text, "<stdin>" if name == "-" else name)
         except ProgramError as error:
             faults += error.diagnostics
@@ -43,6 +43,15 @@ def command(context: click.Context, files: tuple[str, ...], check: bool) -> None
         raise ProgramError(*faults)
     if check and changed:
         context.exit(1)
+
+
+def _read(name: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = "is not UTF-8 text" if isinstance(error, UnicodeError) else getattr(error, "strerror", str(error))
+        raise ProgramError.of("S034", f"cannot read {name}: {reason}") from error
 
 
 def _replace(path: Path, text: str) -> None:

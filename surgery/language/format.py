@@ -23,7 +23,7 @@ from surgery.language.tree import (
 )
 
 ORDER = ("on", "in", "except", "as", "expect")
-WIDEST = 90
+WIDEST = 72
 
 
 def format_text(text: str, name: str = "<text>") -> str:

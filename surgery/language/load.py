@@ -39,7 +39,7 @@ def parse(
     return collector.program(source, parameters)
 
 
-def load_program(path: str | Path, **parameters: object) -> Program:
+def load_program(path: str | Path, /, **parameters: object) -> Program:
     """The program in a file; paths in it start from the file's directory. Raises ProgramError."""
     path = Path(path)
     source = _read(path, None)

@@ -1,0 +1,185 @@
+"""Facts of an exported graph in one forward pass: what depends on which input, and where the residual stream runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+
+from surgery.anatomy.products import Product, Products, operator_name
+from surgery.anatomy.stacks import Lists
+from surgery.anatomy.trace import Trace, owner
+
+MULTIPLIES = {"matmul", "bmm", "einsum", "baddbmm", "mm"}
+
+
+@dataclass(eq=False)
+class Call:
+    """One attention call: softmax(query key) value, whatever computes it.
+
+    node gives the output; query, key and value are the operands' nodes (several where scores are computed in pieces).
+    scores: the products of query and key; empty for `scaled_dot_product_attention`, whose node does everything.
+    """
+
+    node: fx.Node
+    query: list[fx.Node]
+    key: list[fx.Node]
+    value: list[fx.Node]
+    softmax: fx.Node
+    scores: list[fx.Node]
+
+    @property
+    def path(self) -> str:
+        return owner(self.node)
+
+
+class Flow:
+    """Products, attention calls and dependencies of one trace.
+
+    reads[node]: bits of the user inputs whose embedded (or floating) values reach the node.
+    stream: nodes that carry the residual stream or what is computed from it without a stored matrix.
+    """
+
+    def __init__(self, trace: Trace, lists: Lists) -> None:
+        self.trace = trace
+        self.lists = lists
+        self.stores = Products(trace)
+        self.products = self.stores.find()
+        self.at = {product.node: product for product in self.products}
+        self.reads: dict[fx.Node, int] = {}
+        self.indices: dict[fx.Node, int] = {}
+        self.depend()
+        self.calls = self.find_calls()
+        self.boundaries = set(self.at) | {call.node for call in self.calls}
+        self.stream = self.find_stream()
+
+    def depend(self) -> None:
+        bits = {node: 1 << place for place, node in enumerate(self.trace.given)}
+        for node in self.trace.nodes:
+            indices = reads = 0
+            for source in node.all_input_nodes:
+                indices |= self.indices[source]
+                reads |= self.reads[source]
+            if node in bits:
+                if self.trace.given[node].is_floating_point():
+                    reads = bits[node]
+                else:
+                    indices = bits[node]
+            product = self.at.get(node)
+            if product is not None and product.kind == "lookup":
+                reads |= self.indices[product.input]
+            self.indices[node], self.reads[node] = indices, reads
+
+    def find_calls(self) -> list[Call]:
+        calls = []
+        for node in self.trace.nodes:
+            name = operator_name(node)
+            if name == "scaled_dot_product_attention":
+                q, k, v = node.args[:3]
+                calls.append(Call(node, [q], [k], [v], node, []))  # type: ignore[list-item]
+            elif name in ("softmax", "_softmax", "_safe_softmax"):
+                calls.extend(self.by_hand(node))
+        return calls
+
+    def by_hand(self, softmax: fx.Node) -> list[Call]:
+        """Calls whose weights come from this softmax: scores on one side, a product with the values on the other."""
+        scores = self.behind(softmax)
+        if not scores:
+            return []
+        calls = []
+        for product, weights in self.ahead(softmax):
+            operands = self.operands(product)
+            values = [operand for operand in operands if operand is not weights]
+            if len(operands) == 2 and len(values) == 1 and self.reads[values[0]]:
+                query, key = [], []
+                for score in scores:
+                    left, right = self.operands(score)
+                    query.append(left)
+                    key.append(right)
+                calls.append(Call(product, query, key, values, softmax, scores))
+        return calls
+
+    def operands(self, node: fx.Node) -> list[fx.Node]:
+        """The two tensors that a product multiplies."""
+        if operator_name(node) == "einsum":
+            return [operand for operand in node.args[1] if isinstance(operand, fx.Node)]  # type: ignore[union-attr]
+        start = 1 if operator_name(node) == "baddbmm" else 0
+        return [operand for operand in node.args[start : start + 2] if isinstance(operand, fx.Node)]
+
+    def behind(self, softmax: fx.Node) -> list[fx.Node]:
+        """Products of two activations whose results reach the softmax without another matrix between."""
+        found, seen, waiting = [], set(), [softmax]
+        while waiting:
+            node = waiting.pop()
+            for source in node.all_input_nodes:
+                if source in seen or not self.reads[source] or source in self.at:
+                    continue
+                seen.add(source)
+                operands = self.operands(source) if operator_name(source) in MULTIPLIES else []
+                if len(operands) == 2 and all(self.reads[operand] for operand in operands):
+                    found.append(source)
+                elif operator_name(source) not in ("softmax", "_softmax", "scaled_dot_product_attention"):
+                    waiting.append(source)
+        return sorted(found, key=lambda n: self.trace.order[n])
+
+    def ahead(self, softmax: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+        """Products that the softmax's result enters, with the operand it enters by."""
+        found, seen, waiting = [], {softmax}, [softmax]
+        while waiting:
+            node = waiting.pop()
+            for user in node.users:
+                if user in seen or user in self.at or user.op != "call_function":
+                    continue
+                if operator_name(user) in MULTIPLIES:
+                    found.append((user, node))
+                    continue
+                if operator_name(user) in ("softmax", "_softmax", "topk"):
+                    continue
+                seen.add(user)
+                waiting.append(user)
+        return sorted(found, key=lambda pair: self.trace.order[pair[0]])
+
+    def find_stream(self) -> set[fx.Node]:
+        stream: set[fx.Node] = set()
+        places = {node: self.lists.place(owner(node)) for node in self.trace.nodes}
+        for node in self.trace.nodes:
+            product = self.at.get(node)
+            if product is not None and product.kind == "lookup":
+                if self.reads[node]:
+                    stream.add(node)
+                continue
+            enters = places[node] is None and self.reads[node] and any(places[user] is not None for user in node.users)
+            given = node in self.trace.given and self.reads[node] != 0
+            if enters or given:
+                stream.add(node)
+            elif node not in self.boundaries and any(source in stream for source in node.all_input_nodes):
+                stream.add(node)
+        return stream
+
+    def sources(self, node: fx.Node) -> tuple[list[Product], list[Call], bool]:
+        """What computes a node: products and attention calls behind it, and whether the residual stream is too."""
+        products, calls, streams = [], [], False
+        by_node = self.call_at
+        seen, waiting = {node}, [node]
+        while waiting:
+            here = waiting.pop()
+            if here in self.stream:
+                streams = True
+                continue
+            if here in by_node:
+                calls.append(by_node[here])
+                continue
+            if here in self.at:
+                products.append(self.at[here])
+                continue
+            for source in here.all_input_nodes:
+                if source not in seen and (self.reads[source] or not self.reads[node]):
+                    seen.add(source)
+                    waiting.append(source)
+        products.sort(key=lambda p: self.trace.order[p.node])
+        return products, calls, streams
+
+    @cached_property
+    def call_at(self) -> dict[fx.Node, Call]:
+        return {call.node: call for call in self.calls}

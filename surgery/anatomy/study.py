@@ -1,0 +1,39 @@
+"""From a model to its anatomy: export the shadow, find the roles, and say them for every layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.anatomy.build import build
+from surgery.anatomy.flow import Flow
+from surgery.anatomy.inputs import example
+from surgery.anatomy.parts import Anatomy
+from surgery.anatomy.roles import Roles
+from surgery.anatomy.stacks import Lists
+from surgery.anatomy.trace import trace
+
+
+def study(model: nn.Module, example_inputs: Any = None) -> Anatomy:
+    """Stacks, layers and roles of a model, which may hold weights or be on the meta device. It is not touched.
+
+    example_inputs: a tuple of positional arguments, a mapping of keyword arguments, or a tensor; needed for models that
+    are not transformers text models. Dimensions should be at least 2 and all different.
+    Raises ModelError S201 (no example inputs) and S202 (cannot be exported).
+    """
+    if example_inputs is None:
+        example_inputs = example(model, torch.device("cpu"))
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = {}
+    if isinstance(example_inputs, dict):
+        keywords = example_inputs
+    elif isinstance(example_inputs, torch.Tensor):
+        arguments = (example_inputs,)
+    else:
+        arguments = tuple(example_inputs)
+    traced = trace(model, arguments, keywords)
+    lists = Lists(model)
+    with torch.enable_grad():
+        return build(model, Roles(Flow(traced, lists)))

@@ -1,0 +1,123 @@
+"""The exported graph of a model's shadow, with the facts that every rule needs: owners, weights, what depends on what.
+
+`torch.export` (strict=False, on the meta device) keeps `linear` and `scaled_dot_product_attention` whole and notes for
+each node the module it came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from surgery.anatomy.failure import failure
+from surgery.anatomy.shadow import Shadow, shadow
+
+CALL = re.compile(r"@\d+")
+
+
+@dataclass
+class Trace:
+    """An exported graph, in execution order, and its inputs.
+
+    weights: placeholder node -> name of the parameter or buffer in the shadow (one name of several where tied).
+    given: placeholder node -> the example tensor it stands for.
+    """
+
+    nodes: list[fx.Node]
+    shadow: Shadow
+    weights: dict[fx.Node, str]
+    parameters: frozenset[fx.Node]
+    given: dict[fx.Node, torch.Tensor]
+    outputs: list[fx.Node]
+    root: nn.Module
+    order: dict[fx.Node, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.order = {node: place for place, node in enumerate(self.nodes)}
+
+
+def trace(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Trace:
+    """Export the model's shadow. Raises ModelError S202 naming the module and the line that cannot be exported."""
+    with quiet():
+        try:
+            return attempt(shadow(model), arguments, keywords)
+        except Exception:
+            # A model whose forward cannot do without some layer: take the long way before giving up.
+            try:
+                return attempt(shadow(model, once=False), arguments, keywords)
+            except Exception as error:
+                raise failure(model, error) from error
+
+
+def attempt(double: Shadow, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Trace:
+    def on_meta(value: Any) -> Any:
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    config = getattr(double.module, "config", None)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    takes = inspect.signature(double.module.forward).parameters
+    if hasattr(config, "to_dict") and "use_cache" in takes:
+        keywords = {**keywords, "use_cache": False}
+    program = torch.export.export(
+        double.module, pytree.tree_map(on_meta, arguments), pytree.tree_map(on_meta, keywords), strict=False
+    )
+    signature = program.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    tensors = iter(pytree.tree_leaves((arguments, keywords)))
+    given = {}
+    for spec in signature.input_specs:
+        if spec.kind.name == "USER_INPUT":
+            value = next(tensors)
+            if isinstance(value, torch.Tensor):
+                given[placeholders[spec.arg.name]] = numbers(value)
+    users = set(signature.user_outputs)
+    last = next(node for node in program.graph.nodes if node.op == "output")
+    outputs = [node for node in last.all_input_nodes if node.name in users]
+    return Trace(
+        nodes=list(program.graph.nodes),
+        shadow=double,
+        weights={placeholders[name]: target for name, target in named.items() if name in placeholders},
+        parameters=frozenset(placeholders[name] for name in signature.inputs_to_parameters),
+        given=given,
+        outputs=outputs,
+        root=program.graph_module,
+    )
+
+
+def numbers(value: torch.Tensor) -> torch.Tensor:
+    """An example input's values; zeros for one that has none."""
+    return torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.detach().cpu()
+
+
+def owner(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made this node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return CALL.sub("", str(list(stack.values())[-1][0])) if stack else ""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Export's own warnings and logs say nothing about the model; its failures come as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "transformers")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

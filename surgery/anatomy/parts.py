@@ -69,7 +69,8 @@ class Part:
 
     def to_json(self) -> dict[str, Any]:
         """Fields that are not at their default."""
-        return {key: value for key, value in asdict(self).items() if value not in (None, False, (), [])}
+        empty = (None, False, ())
+        return {key: value for key, value in asdict(self).items() if not any(value is each for each in empty)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Part:

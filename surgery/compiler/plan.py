@@ -33,7 +33,14 @@ class Step:
         return self.statement.operation
 
     def to_json(self) -> dict[str, Any]:
-        return {"statement": str(self.statement), "parts": [part.to_json() for part in self.parts]}
+        operation = self.operation
+        return {
+            "statement": str(self.statement),
+            "phase": operation.phase,
+            "merge": operation.on_merge,
+            "promises": list(operation.promises()),
+            "parts": [part.to_json() for part in self.parts],
+        }
 
 
 @dataclass(frozen=True)
@@ -108,12 +115,15 @@ def plan(
             help="put all statements into one program, or merge the model first with `surgery.merge(model)`",
         )
     anatomy = anatomy or study(model, example_inputs)
+    if tokenizer is not None:
+        read = (replace(each, operation=each.operation.read(tokenizer)) for each in program.statements)
+        program = replace(program, statements=tuple(read))
     steps = tuple(sorted(_steps(program, anatomy), key=_order))
     found = conflicts(steps)
     if found:
         raise PlanError(*found)
     cost = measure(steps, model, program.seed)
-    return Plan(program, anatomy, steps, cost, warnings(steps, model))
+    return Plan(program, anatomy, steps, cost, warnings(steps, anatomy, model))
 
 
 def _order(step: Step) -> tuple[int, str]:

@@ -10,14 +10,15 @@ from surgery.compiler.conflicts import overlap
 if TYPE_CHECKING:
     from torch import nn
 
+    from surgery.anatomy.parts import Anatomy
     from surgery.compiler.plan import Step
 
 
-def warnings(steps: Sequence[Step], model: nn.Module) -> tuple[str, ...]:
+def warnings(steps: Sequence[Step], anatomy: Anatomy, model: nn.Module) -> tuple[str, ...]:
     """One sentence each, in the order of the steps."""
     found = [*_dense_again(steps), *_untied(steps)]
     for step in steps:
-        found += step.operation.warnings(step.parts, model)
+        found += step.operation.warnings(step.parts, anatomy, model)
     return tuple(dict.fromkeys(found))
 
 

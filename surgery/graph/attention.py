@@ -192,7 +192,7 @@ class AttentionSite(Site):
         if self.draft.node("scores") is not None:
             scores = self._landmark("scores")
             added = attention_hand.scaled_scores(scores, key, heads, self.path, self.call)
-            self._join(self.call(prepend_scores, scores, added), core, 0, "scores")
+            self._join(self.call(prepend_scores, core.args[0], added), core, 0)
             out = self._landmark("product_out")
             with self.draft.graph.inserting_before(out):
                 joined = self._ours(self.draft.graph.call_function(prepend, (out.args[1], value, heads)))
@@ -266,7 +266,7 @@ class AttentionSite(Site):
             raise GraphError.of("S346", f"the attention at {self.path} has no {name} that can be named")
         return node
 
-    def _join(self, joint: fx.Node, user: fx.Node, place: int, landmark: str | None = None) -> None:
+    def _join(self, joint: fx.Node, user: fx.Node, place: int) -> None:
         """Let one node read the joint where it read the joint's first argument."""
         joint.meta["joint"] = self.name
         user.update_arg(place, joint)

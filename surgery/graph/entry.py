@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from surgery.anatomy.parts import Part
 from surgery.errors import PlanError
-from surgery.graph.module import Rewritten
+from surgery.graph.lower import lower
+from surgery.graph.module import Rewritten, without
 
 ARGUMENTS = ("position_ids", "positions", "input_pos")
 
@@ -42,13 +43,14 @@ class Point:
 
 @dataclass
 class Amounts:
-    """By how much positions are shifted now: the longest of the prefixes that are on, by attention site."""
+    """By how much positions are shifted now: the longest of the prefixes that are on, and each by attention site."""
 
     of: dict[str, int] = field(default_factory=dict)
+    most: int = 0
 
-    @property
-    def most(self) -> int:
-        return max(self.of.values(), default=0)
+    def set(self, path: str, length: int) -> None:
+        self.of[path] = length
+        self.most = max(self.of.values())
 
 
 class Shift:
@@ -69,6 +71,25 @@ class Shift:
         if self.point.kind != "entry":
             return None
         return args, {**kwargs, name: _counted(args, kwargs) + amount}
+
+
+class Reread:
+    """A forward hook for a table that counts positions itself when none are given: it reads n rows further on."""
+
+    def __init__(self, shift: Shift) -> None:
+        self.shift = shift
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        amount, name, place = self.shift.amounts.most, self.shift.point.argument, self.shift.place
+        given = kwargs.get(name) if name in kwargs else (args[place] if len(args) > place else None)
+        if amount == 0 or given is not None:
+            return output
+        further = object.__new__(type(module))
+        further.__dict__ = {**module.__dict__}
+        weight = module._parameters["weight"]
+        assert weight is not None
+        further.__dict__["_parameters"] = {**module._parameters, "weight": weight[amount:]}
+        return further.forward(*args, **kwargs)
 
 
 def _counted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -167,10 +188,13 @@ def check(model: nn.Module, parts: Iterable[Part], lengths: Mapping[str, int]) -
 def install(model: nn.Module, parts: Iterable[Part]) -> None:
     """Shift positions by what the model's attention sites put in front now. Repeat it after every change of them."""
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, Shift):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for hooks, flags in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, (Shift, Reread))]:
+                del hooks[key]
+                flags.pop(key, None)
     sites = {path: module for path, module in model.named_modules() if isinstance(module, Shifting)}
     for point in points(model, parts):
         amounts = Amounts()
@@ -179,7 +203,10 @@ def install(model: nn.Module, parts: Iterable[Part]) -> None:
                 module.inform(path, amounts)
         if amounts.of:
             target = model.get_submodule(point.path)
-            target.register_forward_pre_hook(Shift(point, amounts, _place(target, point)), with_kwargs=True)
+            shift = Shift(point, amounts, _place(target, point))
+            target.register_forward_pre_hook(shift, with_kwargs=True)
+            if point.rows is not None and point.argument:
+                target.register_forward_hook(Reread(shift), with_kwargs=True)
 
 
 def _place(module: nn.Module, point: Point) -> int:
@@ -197,6 +224,34 @@ class Shifting(Rewritten):
         nodes = [node for node in self.full.nodes if "positions" in node.meta]
         return {node.meta["joint"]: node.meta["positions"] for node in nodes}
 
+    def settle(self) -> None:
+        """Keep as a tensor what is computed from tensors alone, such as the keys and values of a trained network."""
+        with torch.no_grad():
+            for node in [node for node in self.full.nodes if "folds_to" in node.meta]:
+                name = node.meta["folds_to"]
+                self.register_parameter(name, nn.Parameter(self._value(node), requires_grad=False))
+                with self.full.inserting_before(node):
+                    kept = self.full.create_node("get_attr", name, (), {})
+                kept.meta["statement"] = node.meta["statement"]
+                node.replace_all_uses_with(kept)
+                object.__setattr__(self, "added", (*self.added, name))
+        for node in reversed(list(self.full.nodes)):
+            if "statement" in node.meta and not node.users:
+                self.full.erase_node(node)
+        used = {
+            str(node.target).partition(".")[0] for node in self.full.nodes if node.op in ("get_attr", "call_module")
+        }
+        for name in [name for name in self.added if name not in used]:
+            delattr(self, name)
+        object.__setattr__(self, "added", tuple(name for name in self.added if name in used))
+        self.graph = lower(without(self.full, self.off))
+
+    def _value(self, node: fx.Node) -> Tensor:
+        """The value of a node that depends on tensors alone."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
+        value: Tensor = getattr(fx.Interpreter(self, graph=self.full), node.op)(node.target, args, kwargs)
+        return value.detach().clone()
+
     def inform(self, path: str, amounts: Amounts) -> None:
         """Keep these amounts up to date from now on."""
         object.__setattr__(self, "informed", (*self.informed, (path, amounts)))
@@ -205,7 +260,7 @@ class Shifting(Rewritten):
     def _tell(self) -> None:
         on = [length for name, length in self.lengths().items() if name not in self.off]
         for path, amounts in self.informed:
-            amounts.of[path] = max(on, default=0)
+            amounts.set(path, sum(on))
 
     def switch(self, off: Any) -> None:
         super().switch(off)

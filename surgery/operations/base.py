@@ -30,7 +30,7 @@ from surgery.operations.options import (
 )
 
 if TYPE_CHECKING:
-    from surgery.anatomy.parts import Kind, Part
+    from surgery.anatomy.parts import Anatomy, Kind, Part
 
 Phase = Literal["shrink", "mask", "route", "quantize", "attach", "train", "schedule"]
 Granularity = Literal["part", "tensor", "module"]
@@ -97,9 +97,16 @@ class Operation:
         """What the statement takes for itself where it acts; two statements that claim the same there are a conflict."""
         return (f"{self.verb} {name or 'default'}",)
 
-    def warnings(self, parts: Sequence[Part], model: Any) -> Iterable[str]:
-        """What a plan's reader should know, though nothing is wrong. Runs while planning, on shapes alone."""
+    def warnings(self, parts: Sequence[Part], anatomy: Anatomy, model: Any) -> Iterable[str]:
+        """What a plan's reader should know, though nothing is wrong. Runs while planning, on shapes alone.
+
+        May raise PlanError where the parts together do not fit the model.
+        """
         return ()
+
+    def read(self, tokenizer: Any) -> Operation:
+        """The operation with what its texts decide filled in. Runs first of all where there is a tokenizer."""
+        return self
 
     def rewrite(self, site: Any) -> None:
         """Edits the structure of one site; works on the meta device."""

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
     from torch.fx import Node
 
-    from surgery.anatomy.parts import Kind, Part
-    from surgery.graph import attention_text
+    from surgery.anatomy.parts import Anatomy, Kind, Part
+    from surgery.graph import attention_text, entry
     from surgery.graph.attention import AttentionSite
 else:
-    attention_text = lazy("surgery.graph.attention_text")
+    attention_text, entry = lazy("surgery.graph.attention_text"), lazy("surgery.graph.entry")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,16 @@ class Prefix(Operation):
         if self.gated:
             return ("identity_at_init", "off_means_off")
         return ("off_means_off", *(("soft_equals_hard",) if self.text is not None else ()))
+
+    @property
+    def on_merge(self) -> str:
+        return "becomes plain keys and values" if self.via is not None else "stays"
+
+    def warnings(self, parts: Sequence[Part], anatomy: Anatomy, model: Any) -> Iterable[str]:
+        if self.text is not None and self.positions is not None:
+            yield f"the text of `{self}` is repeated or cut where it has not just {self.positions} tokens"
+        if not self.gated:
+            yield from entry.check(model, anatomy.parts, {part.path: self.positions or 0 for part in parts})
 
     def claims(self, name: str | None) -> tuple[str, ...]:
         return (f"keys and values under the name {name or 'default'}",)

@@ -56,8 +56,7 @@ class Draft:
         if isinstance(module, Rewritten):
             self.original, self.added, self.facts = module.original, list(module.added), module.facts
             graph = duplicate(module.full)
-            nodes = {node.meta["landmark"]: node for node in graph.nodes if "landmark" in node.meta}
-            nodes.setdefault("stored", nodes["weight"])
+            nodes = {mark: node for node in graph.nodes for mark in node.meta.get("landmarks", ())}
             (result,) = (n.args[0] for n in graph.nodes if n.op == "output")
             self.captured = Captured(graph=graph, output=result, **nodes)
         else:
@@ -80,9 +79,10 @@ class Draft:
     def mark(self) -> None:
         """Write the landmarks into the nodes' meta, where a later program finds them."""
         for node in self.captured.graph.nodes:
-            node.meta.pop("landmark", None)
+            node.meta.pop("landmarks", None)
         for name in LANDMARKS:
-            getattr(self.captured, name).meta["landmark"] = name
+            node = getattr(self.captured, name)
+            node.meta["landmarks"] = (*node.meta.get("landmarks", ()), name)  # one node may be several
 
     @property
     def transposed(self) -> bool:
@@ -105,6 +105,7 @@ class Draft:
     def finish(self) -> Rewritten:
         """The module to install."""
         self.graph.eliminate_dead_code()
+        self.mark()
         self.graph.lint()
         return Rewritten.build(self.root, self.graph, self.original, tuple(self.added), self.facts)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli.errors import show
+from surgery.cli.errors import Terminated, show
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +31,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+class Escaped(BaseException):
+    """Carries what click would turn into an exit status of its own past it."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class Commands(click.Group):
     """Subcommands by name from the table."""
 
@@ -42,6 +51,12 @@ class Commands(click.Group):
         command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
         command.name = cmd_name
         return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, OSError) as error:
+            raise Escaped(error) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -56,14 +71,25 @@ def _version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> No
         ctx.exit()
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.pass_context
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version.")
-def cli() -> None:
+def cli(ctx: click.Context) -> None:
     """Say what to change in a pretrained neural network, and have it done and checked.
 
     PROGRAM is a .surgery file, or `-` for standard input. MODEL is a Hugging Face directory, `demo`,
     FILE.py:FUNCTION or module:function. Exit status: 0 done, 1 a promise failed, 2 bad input.
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,9 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import warnings
 
         warnings.simplefilter("ignore")
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         status = cli.main(args=arguments, prog_name="surgery", standalone_mode=False)
         sys.stdout.flush()
+    except Escaped as escaped:
+        status = show(escaped.error)
     except BaseException as error:
         status = show(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(status if isinstance(status, int) else 0)

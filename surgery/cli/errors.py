@@ -9,11 +9,15 @@ import click
 
 from surgery.errors import CheckpointError, Diagnostic, PromiseError, SurgeryError
 
-FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
+FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE, TERMINATED = 1, 2, 130, 141, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """The system asked us to stop; what Ctrl-C cleans up is cleaned up."""
 
 
 def show(error: BaseException) -> int:
-    """Print what went wrong; 1 a promise failed, 2 bad input, 130 interrupted, 141 nobody reads our output."""
+    """Print what went wrong; 1 a promise failed, 2 bad input, 130 or 143 interrupted, 141 nobody reads our output."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, click.exceptions.Exit):
@@ -23,7 +27,8 @@ def show(error: BaseException) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return _print(INTERRUPTED, Diagnostic("S498", "interrupted; nothing was written"))
+        status = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+        return _print(status, Diagnostic("S498", "interrupted; nothing was written"))
     if os.environ.get("SURGERY_DEBUG"):
         raise error
     if isinstance(error, PromiseError):

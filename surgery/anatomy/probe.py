@@ -140,11 +140,11 @@ def plain(value: Any) -> Any:
     return value
 
 
-def gradients(outputs: list[torch.Tensor], inputs: list[torch.Tensor], seed: int = 1) -> list[torch.Tensor | None]:
+def gradients(outputs: list[torch.Tensor], inputs: list[torch.Tensor], seed: int = 1, retain: bool = False) -> list[torch.Tensor | None]:
     """Gradient of a random linear functional of the outputs with respect to each input; None where none arrives."""
     live = [value for value in outputs if isinstance(value, torch.Tensor) and value.requires_grad]
     if not live:
         return [None] * len(inputs)
     generator = torch.Generator().manual_seed(seed)
     total = sum((v * torch.rand(v.shape, generator=generator, dtype=v.dtype).add(0.5)).sum() for v in live)
-    return list(torch.autograd.grad(total, inputs, allow_unused=True))  # type: ignore[arg-type]
+    return list(torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=retain))  # type: ignore[arg-type]

@@ -38,6 +38,7 @@ class Product:
 
     node: gives the product (or the looked-up rows). input: the activation, or the indices of a lookup.
     stored: the placeholder of the weight. rows: for a product with some rows of the stored matrix only, which ones.
+    channel_dimension: of the node's value, counted from the end.
     """
 
     node: fx.Node
@@ -50,6 +51,7 @@ class Product:
     transposed: bool = False
     bias: str | None = None
     rows: tuple[int, int] | None = None
+    channel_dimension: int = -1
 
     @property
     def width(self) -> int:
@@ -115,8 +117,8 @@ class Products:
             return self.matrix(node, args[0], args[1], out_first=True, bias=args[2] if len(args) > 2 else None)
         if kind == "addmm":
             return self.matrix(node, args[1], args[2], out_first=False, bias=args[0])
-        if kind in ("mm", "matmul", "bmm", "_grouped_mm", "grouped_mm"):
-            return self.matrix(node, args[0], args[1], out_first=False)
+        if kind in ("mm", "matmul", "bmm") or "grouped_mm" in kind:
+            return self.matrix(node, args[0], args[1], out_first=False) or self.turned(node, args[0], args[1])
         if kind == "baddbmm":
             return self.matrix(node, args[1], args[2], out_first=False)
         if kind == "einsum":
@@ -134,21 +136,17 @@ class Products:
     def matrix(self, node: fx.Node, x: Any, weight: Any, out_first: bool, bias: Any = None) -> Product | None:
         """`out_first`: the operand is (out, in) as `linear` takes it, else (in, out)."""
         source = stored(self.trace, weight)
-        if source is None and not out_first:
-            other = stored(self.trace, x)
-            if other is not None and len(shape_of(x)) == 2:
-                return None
-        if source is None:
+        if source is None or not isinstance(x, fx.Node):
             return None
         placeholder, chain = source
         full, used = shape_of(placeholder), shape_of(weight)
         if len(used) == 3:
-            return self.experts(node, x, placeholder, used)
+            return self.experts(node, x, placeholder, used, flips(chain))
         if len(used) != 2:
             return None
         out, wide = used if out_first else (used[1], used[0])
         if len(full) == 3 and "select" in map(operator_name, chain):
-            return self.build(node, "experts", x, placeholder, (full[0], out, wide), full[1] != out, bias, None)
+            return self.build(node, "experts", x, placeholder, (full[0], out, wide), flips(chain) == out_first, bias, None)
         size = math.prod(full)
         rows = None
         if size != out * wide:
@@ -174,13 +172,20 @@ class Products:
         start, stop = int(line[0]), int(line[-1]) + 1
         return (start, stop) if stop - start == len(line) else None
 
-    def experts(self, node: fx.Node, x: Any, placeholder: fx.Node, used: tuple[int, ...]) -> Product | None:
-        full = shape_of(placeholder)
-        if len(full) != 3 or not isinstance(x, fx.Node):
+    def turned(self, node: fx.Node, weight: Any, x: Any) -> Product | None:
+        """`weight @ x`, with the activations' channels in the second dimension from the end."""
+        source = stored(self.trace, weight) if isinstance(weight, fx.Node) else None
+        if source is None or len(shape_of(weight)) != 2 or len(shape_of(source[0])) != 2 or len(shape_of(x)) < 3:
             return None
-        out, wide = used[2], used[1]
-        transposed = full[1] != out if full[1] != full[2] else False
-        return self.build(node, "experts", x, placeholder, (full[0], out, wide), transposed, None, None)
+        product = self.build(node, "projection", x, source[0], shape_of(weight), flips(source[1]), None, None)
+        product.channel_dimension = -2
+        return product
+
+    def experts(self, node: fx.Node, x: fx.Node, held: fx.Node, used: tuple[int, ...], flipped: bool) -> Product | None:
+        full = shape_of(held)
+        if len(full) != 3:
+            return None
+        return self.build(node, "experts", x, held, (full[0], used[2], used[1]), not flipped, None, None)
 
     def einsum(self, node: fx.Node) -> Product | None:
         operands: Any = node.args[1]
@@ -212,7 +217,9 @@ class Products:
         if len(full) != 3 or full[2] != 1 or groups != 1:
             return None
         bias = node.args[2] if len(node.args) > 2 else None
-        return self.build(node, "projection", node.args[0], source[0], full[:2], False, bias, None)
+        product = self.build(node, "projection", node.args[0], source[0], full[:2], False, bias, None)
+        product.channel_dimension = -2
+        return product
 
     def lookup(self, node: fx.Node, weight: Any, indices: fx.Node) -> Product | None:
         source = stored(self.trace, weight)

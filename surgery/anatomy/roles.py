@@ -281,10 +281,10 @@ class Roles:
             return
         if stretch.normalises():
             return
-        bent = [up for up in ups if stretch.bends(up)]
+        bent = [up for up in ups if up.input in self.flow.stream and stretch.bends(up)]
         if not bent:
             return
-        straight = [up for up in ups if up not in bent]
+        straight = [up for up in ups if up not in bent and up.input in self.flow.stream]
         for up in straight:
             self.add("ffn.up", up)
         for up in bent:
@@ -338,15 +338,12 @@ class Stretch:
         """Whether one row of the result depends on more than one token of some source."""
         live = {node: value.clone().requires_grad_() for node, value in self.base.items()}
         (value,) = self.probe.run([self.down.input], live, self.cuts)
-        channel = channel_dimension(self.down, value)
+        channel = self.down.channel_dimension
         rows = value.movedim(channel, -1).reshape(-1, value.shape[channel])
-        grads = gradients([rows[len(rows) // 2]], list(live.values()))
-        for up, gradient in zip(self.ups, grads, strict=True):
-            if gradient is not None:
-                flat = gradient.reshape(-1, up.width) if gradient.shape[-1] == up.width else gradient.movedim(
-                    channel_dimension(up, gradient), -1
-                ).reshape(-1, up.width)  # fmt: skip
-                if int((flat != 0).any(dim=1).sum()) > 1:
+        for row in (rows[-1], rows[0]):
+            grads = gradients([row], list(live.values()), retain=True)
+            for up, gradient in zip(self.ups, grads, strict=True):
+                if gradient is not None and int((rows_of(up, gradient) != 0).any(dim=1).sum()) > 1:
                     return True
         return False
 
@@ -367,7 +364,7 @@ class Stretch:
         """
         width = up.width
         start = self.base[up.node]
-        if start.shape[-1] != width:
+        if up.channel_dimension != -1 or start.shape[-1] != width:
             return None
 
         def slope(point: torch.Tensor) -> torch.Tensor:
@@ -394,17 +391,16 @@ def same_rows(one: Product, other: Product) -> bool:
     return one.rows == other.rows
 
 
-def channel_dimension(product: Product, value: torch.Tensor) -> int:
-    """The dimension of channels: the last one, but the second one of a convolution's."""
-    return 1 if operator_name(product.node) in ("conv1d", "convolution") else value.dim() - 1
-
-
 def channel_mask(product: Product, gradient: torch.Tensor) -> torch.Tensor:
     """Which output channels a gradient (of the product's shape) touches."""
-    touched = gradient != 0
-    if operator_name(product.node) in ("conv1d", "convolution"):
-        touched = touched.movedim(1, -1)
-    return touched.reshape(-1, product.width).any(dim=0)
+    return (rows_of(product, gradient) != 0).any(dim=0)
+
+
+def rows_of(product: Product, value: torch.Tensor) -> torch.Tensor:
+    """(tokens, channels) of a tensor shaped like the product's output."""
+    if product.channel_dimension != -1:
+        value = value.movedim(product.channel_dimension, -1)
+    return value.reshape(-1, product.width)
 
 
 def triangular(allowed: torch.Tensor) -> bool:

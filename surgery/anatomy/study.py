@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ def study(model: nn.Module, example_inputs: Any = None) -> Anatomy:
         example_inputs = example(model, torch.device("cpu"))
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = {}
-    if isinstance(example_inputs, dict):
-        keywords = example_inputs
+    if isinstance(example_inputs, Mapping):
+        keywords = dict(example_inputs)
     elif isinstance(example_inputs, torch.Tensor):
         arguments = (example_inputs,)
     else:

@@ -9,7 +9,7 @@ from surgery.errors import Diagnostic, ProgramError
 from surgery.language.data import grammar_file
 from surgery.language.source import Source, Span
 from surgery.language.suggest import did_you_mean, listed
-from surgery.language.values import number_text, percent
+from surgery.language.values import number_text
 from surgery.language.write import selector_text, value_text
 from surgery.operations import lookup, verbs
 from surgery.operations.base import Operation
@@ -37,14 +37,13 @@ def reference(head: str | None, chosen: Iterable[str]) -> str:
 
 
 def verb_section(verb: str, heading: str = "##") -> str:
-    """One verb in Markdown: synopsis, what it is, a table of options. Raises ProgramError (S010) when there is none."""
+    """One verb in Markdown: synopsis, what it is, its options. Raises ProgramError (S010) when there is none."""
     operation = lookup(verb)
     if operation is None:
         span = Span(Source("verb", verb), 0, len(verb))
         raise ProgramError(Diagnostic("S010", f"unknown verb '{verb}'", span, did_you_mean(verb, verbs())))
     options = schema(operation)
-    rows = [f"| `{_term(option)}` | {_meaning(option)} | {_default(option)} |" for option in options]
-    table = ["", "| option | meaning | default |", "| --- | --- | --- |", *rows] if rows else []
+    rows = [f"- `{_term(option)}`: {_meaning(option)}{_default(option)}" for option in options]
     return "\n".join(
         [
             f"{heading} {verb}",
@@ -54,8 +53,9 @@ def verb_section(verb: str, heading: str = "##") -> str:
             "```",
             "",
             *(line.rstrip() for line in (inspect.getdoc(operation) or "").splitlines()),
-            *table,
             "",
+            *rows,
+            *([""] if rows else []),
             _acting(operation),
         ]
     )
@@ -112,17 +112,15 @@ def _meaning(option: Option) -> str:
         for word, carried in option.choices.items()
         if carried is not None and isinstance(carried.default, (int, float))
     ]
-    defaults = f" (unless said: {', '.join(carried)})" if carried else ""
-    return option.help.replace("|", "\\|") + (f"; {' and '.join(said)}" if said else "") + defaults
+    defaults = f"; {', '.join(carried)} unless said" if carried else ""
+    return option.help + (f"; {' and '.join(said)}" if said else "") + defaults
 
 
 def _default(option: Option) -> str:
     if option.required:
-        return "required"
+        return " (required)"
     if option.place == "flag" or option.default is None:
         return ""
     if isinstance(option.default, SameAs):
-        return f"same as {option.default.field}"
-    if isinstance(option.default, float) and "share" in option.forms:
-        return f"`{percent(option.default)}`"
-    return f"`{value_text(option.default, option)}`"
+        return f" (default: the same as `{option.default.field}`)"
+    return f" (default: `{value_text(option.default, option)}`)"

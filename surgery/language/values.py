@@ -56,6 +56,10 @@ def convert(literal: Literal, limits: Limits, directory: Path | None) -> Any:
     """The value. Raises ProgramError: S012 when it is of another type, S013 when it is out of range."""
     if len(literal.text) > LONGEST and literal.form != "text":
         raise ProgramError.of("S013", f"a number of {len(literal.text)} characters", literal.span, "too long")
+    if literal.form in ("number", "percent") and _absurd(literal.text):
+        raise ProgramError.of(
+            "S013", f"{limits.name} is {literal.text}", literal.span, "no value of that size is meant"
+        )
     for form in limits.forms:
         value = _value(form, literal, directory)
         if value is not None:
@@ -74,13 +78,21 @@ def convert(literal: Literal, limits: Limits, directory: Path | None) -> Any:
 
 def percent(share: float) -> str:
     """0.05 as `5%`, exactly: what is printed is read back to the same bits."""
-    return f"{plain(Decimal(repr(share)) * 100)}%"
+    exact = Decimal(repr(share)) * 100
+    text = plain(exact)
+    return f"{text if len(text) <= 24 else f'{exact:e}'}%"
 
 
 def plain(number: Decimal) -> str:
     """Without exponent and without needless zeros."""
     text = f"{number:f}"
     return (text.rstrip("0").rstrip(".") if "." in text else text) or "0"
+
+
+def _absurd(text: str) -> bool:
+    """Beyond what a float can be, or so many digits in the exponent that arithmetic on it would not end."""
+    exponent = re.search(r"[eE][+-]?(\d+)", text)
+    return exponent is not None and (len(exponent[1]) > 3 or not math.isfinite(float(text.rstrip("%"))))
 
 
 def _value(form: Form, literal: Literal, directory: Path | None) -> Any:
@@ -142,6 +154,8 @@ def number_text(value: float, share: bool = False) -> str:
 
 def _rewritten(literal: Literal, forms: tuple[Form, ...]) -> str:
     """The same value in a form that would be taken, where there is a plain one."""
+    if literal.form in ("number", "percent") and "e" in literal.text.lower() and "count" not in forms:
+        return ""
     if literal.form == "number" and "share" in forms:
         number = Decimal(literal.text)
         return f"write {plain(number * 100 if abs(number) < 1 else number)}%"

@@ -105,7 +105,9 @@ def _scalar(value: Any, form: str) -> str:
     if form in ("text", "file"):
         return encode(str(value))
     if form == "selection":
-        return selector_text(value)
+        text = selector_text(value)
+        plain = all(isinstance(item, Role) for item in (value.items if isinstance(value, Union) else (value,)))
+        return text if plain or text.startswith("(") else f"({text})"
     return number_text(value) if isinstance(value, (int, float)) else str(value)
 
 

@@ -86,7 +86,7 @@ def perform(
         parameter.requires_grad_(False)
     for draft in drafts:
         draft.install(model)
-    entry.align(model, plan.anatomy.parts)
+    entry.install(model, plan.anatomy.parts)
     if not hollow:
         for step, mine in zip(plan.steps, sites, strict=True):
             step.operation.finish(mine, context)

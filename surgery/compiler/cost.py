@@ -68,12 +68,11 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0) -> Cost:
     added, changed = [0] * len(steps), [0] * len(steps)
     seen: dict[object, list[tuple[int, int, int]]] = {}
     problems: list[Diagnostic] = []
-    counted: set[int] = set()
     for place, visits in _places(steps):
         kind = _kind(model, place, visits)
         if kind not in seen:
             try:
-                seen[kind] = _visit(drafts, steps, visits, counted)
+                seen[kind] = _visit(drafts, steps, visits)
             except SurgeryError as error:
                 problems += error.diagnostics
                 seen[kind] = []
@@ -82,6 +81,10 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0) -> Cost:
             changed[index] += size
     if problems:
         raise PlanError(*problems)
+    for index, step in enumerate(steps):
+        for tensor in drafts.pools[str(step.statement)].values():
+            added[index] += tensor.numel()
+            changed[index] += _size(tensor)
     return Cost(sum(parameters.values()), before, before + sum(changed), tuple(added), tuple(changed))
 
 
@@ -98,14 +101,12 @@ def _kind(model: nn.Module, place: tuple[str, bool], visits: list[tuple[int, Par
     """Equal for places where the same edits cost the same."""
     module = model.get_submodule(place[0])
     shapes = tuple((name, t.shape, t.dtype) for name, t in module.named_parameters(recurse=False))
-    steps = tuple((index, part.role, part.shape, part.width, part.heads) for index, part in visits)
+    steps = tuple((index, part.role, part.shape, part.channels, part.heads) for index, part in visits)
     return type(module), shapes, steps
 
 
-def _visit(
-    drafts: Any, steps: Sequence[Step], visits: list[tuple[int, Part]], counted: set[int]
-) -> list[tuple[int, int, int]]:
-    """(step, trainable numbers added, bytes changed) of one place."""
+def _visit(drafts: Any, steps: Sequence[Step], visits: list[tuple[int, Part]]) -> list[tuple[int, int, int]]:
+    """(step, trainable numbers added, bytes changed) of one place, without what the step's places share."""
     costs: list[tuple[int, int, int]] = []
     before: dict[int, Tensor] | None = None
     for index, part in visits:
@@ -114,7 +115,8 @@ def _visit(
             before = _tensors(site.draft.root)
         steps[index].operation.rewrite(site)
         after = _tensors(site.draft.root)
-        new = [t for key, t in after.items() if key not in before]
+        shared = {id(t) for pool in drafts.pools.values() for t in pool.values()}
+        new = [t for key, t in after.items() if key not in before and key not in shared]
         gone = [t for key, t in before.items() if key not in after]
         trained = sum(t.numel() for t in new if isinstance(t, nn.Parameter) and t.requires_grad)
         costs.append((index, trained, sum(map(_size, new)) - sum(map(_size, gone))))

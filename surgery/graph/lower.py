@@ -44,7 +44,7 @@ def _replace(graph: fx.Graph, node: fx.Node, target: object, args: tuple[object,
 
 def _over_codes(graph: fx.Graph, node: fx.Node) -> None:
     """linear(x, dequantize_4bit(state), bias) -> quantized_linear(x, bias, compute, state)"""
-    x, weight, bias = node.args[:3]
+    x, weight, bias = (*node.args, None)[:3]
     if not isinstance(weight, fx.Node) or weight.target is not dequantize_4bit:
         return
     compute = node.args[3] if node.target is linear_as else None
@@ -62,6 +62,7 @@ def _with_low_rank(graph: fx.Graph, node: fx.Node) -> None:
         return
     if len(base.users) > 1 or len(branch.users) > 1:
         return
-    _replace(graph, node, low_rank_linear, (*base.args, *branch.args[1:]))
+    x, weight, bias = (*base.args, None)[:3]
+    _replace(graph, node, low_rank_linear, (x, weight, bias, *branch.args[1:]))
     graph.erase_node(base)
     graph.erase_node(branch)

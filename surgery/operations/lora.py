@@ -72,6 +72,8 @@ class Lora(Operation):
         return None
 
     def promises(self) -> tuple[str, ...]:
+        if self.init == "pissa":
+            return ("identity_to_rounding", "merges")
         return ("identity_at_init", "merges", "off_means_off")
 
     def claims(self, name: str | None) -> tuple[str, ...]:
@@ -100,7 +102,7 @@ class Lora(Operation):
     def _decompose(self, site: Site, a: Node, b: Node, update: Node) -> Node:
         """m / |W + sBA| (W + sBA) x, as what it adds to W x; the norm is a constant to the gradient."""
         weight = site.own_rows(site.weight)
-        m = site.parameter("lora_magnitude", (site.out_features,), torch.ones_like)
+        m = site.parameter("lora_magnitude", (site.out_features,), ones)
         ratio = site.call(magnitude_ratio, m, weight, a, b, self.factor)
         return site.call(decomposed, site.base_without_bias(), update, ratio)
 
@@ -133,6 +135,11 @@ def magnitude_ratio(m: Tensor, weight: Tensor, a: Tensor, b: Tensor, factor: flo
 def decomposed(base: Any, update: Any, ratio: Tensor) -> Any:
     """(ratio - 1) W x + ratio s B A x: what DoRA adds to W x."""
     return base * (ratio - 1) + update * ratio
+
+
+def ones(m: Tensor, generator: Generator) -> None:
+    """A place for the norms, which are filled in from the weight."""
+    torch.nn.init.ones_(m)
 
 
 def kaiming(a: Tensor, generator: Generator) -> None:

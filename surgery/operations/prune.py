@@ -52,6 +52,10 @@ class Prune(Operation):
         return ("exact_sparsity", "merges")
 
     @property
+    def on_merge(self) -> str:
+        return "the zeros stay"
+
+    @property
     def collective(self) -> bool:
         return self.global_
 

@@ -53,6 +53,10 @@ class Quantize(Operation):
     def promises(self) -> tuple[str, ...]:
         return ("exact_codes",)
 
+    @property
+    def on_merge(self) -> str:
+        return "comes back at full width"
+
     def claims(self, name: str | None) -> tuple[str, ...]:
         return ("codes",)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli.errors import Terminated, show
+from surgery.cli import errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,7 +89,7 @@ def cli(ctx: click.Context) -> None:
 
 
 def _terminate(number: int, frame: object) -> None:
-    raise Terminated
+    raise errors.Terminated
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,9 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = cli.main(args=arguments, prog_name="surgery", standalone_mode=False)
         sys.stdout.flush()
     except Escaped as escaped:
-        status = show(escaped.error)
+        status = errors.show(escaped.error)
     except BaseException as error:
-        status = show(error)
+        status = errors.show(error)
     finally:
         signal.signal(signal.SIGTERM, before)
     sys.exit(status if isinstance(status, int) else 0)

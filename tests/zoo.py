@@ -56,6 +56,8 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
         "vocab_size": 53,
         "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         "tie_word_embeddings": False,
     },
     "gpt2": {
@@ -65,6 +67,8 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "n_head": 3,
         "vocab_size": 57,
         "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     },
     "gpt_neox": {
         "hidden_size": 24,

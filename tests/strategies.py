@@ -1,0 +1,202 @@
+"""Draws models and programs: a seed fills the weights, and programs are syntax trees for the drawn model's real sites.
+
+A failure shrinks to something like `lora rank 1 on attn.q` on a decoder of one layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from surgery.language.program import Program, Statement
+from surgery.language.selector import Difference, Intersection, Layers, Role, Selector, Union
+from surgery.operations.base import Operation, Ratio, Variant
+from surgery.operations.lora import Lora
+from surgery.operations.prefix import Prefix
+from surgery.operations.prune import Prune
+from surgery.operations.quantize import Quantize
+from tests import zoo
+from tests.reference_decoder import ReferenceDecoder, Shape, reference_decoder
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.gate", "ffn.down")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A reference decoder to be built: everything that makes it, printable in a failure."""
+
+    shape: Shape
+    seed: int = 0
+    dtype: str = "float64"
+
+    def build(self) -> ReferenceDecoder:
+        return reference_decoder(self.shape, self.seed, DTYPES[self.dtype])
+
+    @property
+    def tokens(self) -> Tensor:
+        """(2, 5) token ids."""
+        return zoo.tokens(self.shape.vocabulary, 2, 5, self.seed)
+
+    @property
+    def eps(self) -> float:
+        return torch.finfo(DTYPES[self.dtype]).eps
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Projections that the model has, by role."""
+        return tuple(role for role in PROJECTIONS if role != "ffn.gate" or self.shape.gated)
+
+    @property
+    def layers(self) -> int:
+        return self.shape.layers
+
+
+@st.composite
+def models(draw: st.DrawFn, dtypes: tuple[str, ...] = tuple(DTYPES), **fixed: Any) -> Model:
+    """Reference decoders with odd sizes, grouped-query attention, biases, ties and fused projections."""
+    groups = draw(st.integers(1, 3))
+    key_value_heads = draw(st.integers(1, 2))
+    heads = groups * key_value_heads
+    fields: dict[str, Any] = {
+        "vocabulary": draw(st.integers(17, 43)),
+        "width": heads * 2 * draw(st.integers(2, 5)),
+        "layers": draw(st.integers(1, 3)),
+        "heads": heads,
+        "key_value_heads": key_value_heads,
+        "ffn": draw(st.integers(9, 33)),
+        "positions": draw(st.sampled_from(["rotary", "learned"])),
+        "attention": draw(st.sampled_from(["masked", "causal", "hand"])),
+        "gated": draw(st.booleans()),
+        "fused": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "tied": draw(st.booleans()),
+    }
+    return Model(Shape(**{**fields, **fixed}), draw(st.integers(0, 999)), draw(st.sampled_from(dtypes)))
+
+
+def numbers() -> st.SearchStrategy[float]:
+    """Values of `alpha`: whole, and with a short decimal fraction."""
+    return st.sampled_from([1.0, 2.0, 3.5, 16.0])
+
+
+def loras(exact: bool = False) -> st.SearchStrategy[Lora]:
+    """`exact`: only those that promise identity to the bit at the start (pissa rounds)."""
+    inits = ["kaiming", "normal", "xavier", "orthogonal"] + ([] if exact else ["pissa"])
+    return st.builds(
+        Lora,
+        rank=st.integers(1, 3),
+        alpha=numbers(),
+        dropout=st.sampled_from([0.0, 0.05, 0.5]),
+        init=st.sampled_from(inits),
+        scale=st.sampled_from(["alpha", "rs"]),
+        dora=st.booleans(),
+    ).filter(lambda lora: not (lora.dora and lora.init == "pissa"))
+
+
+def prunes(ratios: bool = True) -> st.SearchStrategy[Prune]:
+    shares = st.sampled_from([0.1, 0.5, 0.37, 0.9])
+    unstructured = st.builds(
+        Prune, score=st.sampled_from(["magnitude", "random"]), amount=shares, global_=st.booleans()
+    )
+    patterns = st.builds(Prune, score=st.sampled_from(["magnitude", "random"]), amount=st.just(Ratio(1, 2)))
+    return unstructured | patterns if ratios else unstructured
+
+
+def quantizes() -> st.SearchStrategy[Quantize]:
+    return st.builds(
+        Quantize,
+        format=st.sampled_from(["nf4", "fp4"]),
+        double=st.booleans(),
+        block=st.sampled_from([64, 128]),
+        compute=st.sampled_from(["input", "fp32"]),
+    )
+
+
+def prefixes() -> st.SearchStrategy[Prefix]:
+    """Plain, through an MLP, or behind a gate; not from a text, which needs a tokenizer."""
+    via = st.sampled_from([None, Variant("mlp", 7)])
+    return st.builds(_prefix, st.integers(1, 4), via, st.booleans())
+
+
+def _prefix(count: int, via: Variant | None, gated: bool) -> Prefix:
+    fields: dict[str, Any] = {_quantity_of(Prefix): count, "via": via, "gated": gated}
+    return Prefix(**fields)
+
+
+@cache
+def _quantity_of(operation: type[Operation]) -> str:
+    """Name of the field that a bare value fills."""
+    from surgery.operations.options import schema
+
+    (name,) = (option.name for option in schema(operation) if option.place == "quantity")
+    return name
+
+
+@st.composite
+def selectors(draw: st.DrawFn, roles: tuple[str, ...], layers: int) -> Selector:
+    """These roles, perhaps only in some layers, perhaps without some of them. Never empty."""
+    chosen: Selector = Role(roles[0]) if len(roles) == 1 else Union(tuple(Role(role) for role in roles))
+    scope = draw(st.none() | layer_ranges(layers))
+    if scope is not None:
+        chosen = Intersection(chosen, scope)
+    elif layers > 1 and draw(st.booleans()):
+        chosen = Difference(chosen, Layers(first=draw(st.integers(0, layers - 1))))
+    return chosen
+
+
+@st.composite
+def layer_ranges(draw: st.DrawFn, layers: int) -> Layers:
+    """A layer, a range of layers from either end, or the even ones. Never empty."""
+    first = draw(st.integers(0, layers - 1))
+    last = draw(st.none() | st.integers(first, layers - 1))
+    form = draw(st.sampled_from(["front", "back", "even"]))
+    if form == "even":
+        return Layers(parity="even")
+    if form == "back":
+        return Layers(first=first - layers, last=None if last is None else last - layers)
+    return Layers(first=first, last=last)
+
+
+@st.composite
+def statements(
+    draw: st.DrawFn, model: Model, operation: st.SearchStrategy[Operation], roles: tuple[str, ...] | None = None
+) -> Statement:
+    """One statement on some projections of the model."""
+    available = model.roles if roles is None else roles
+    chosen = tuple(draw(st.lists(st.sampled_from(available), min_size=1, max_size=3, unique=True)))
+    return _fitting(Statement(draw(operation), draw(selectors(chosen, model.layers))), model)
+
+
+def _fitting(statement: Statement, model: Model) -> Statement:
+    """With `1:2` patterns replaced where an input is odd."""
+    operation = statement.operation
+    odd = model.shape.width % 2 or model.shape.ffn % 2
+    if odd and isinstance(operation, Prune) and isinstance(operation.amount, Ratio):
+        return replace(statement, operation=replace(operation, amount=0.5))
+    return statement
+
+
+@st.composite
+def programs(draw: st.DrawFn, model: Model, exact: bool = False, merging: bool = False) -> Program:
+    """Up to five statements without a conflict: adapters on different roles, a pruning, a quantization, a prefix.
+
+    exact: only what is an identity at the start. merging: only what promises to merge.
+    """
+    split = draw(st.integers(1, len(model.roles) - 1))
+    roles = draw(st.permutations(model.roles))
+    made = [draw(statements(model, loras(exact), tuple(roles[:split])))]
+    if draw(st.booleans()):
+        made.append(draw(statements(model, loras(exact), tuple(roles[split:]))))
+    if draw(st.booleans()):
+        made.append(draw(statements(model, prunes())))
+    if not merging and draw(st.booleans()):
+        made.append(Statement(draw(quantizes()), Role("base")))
+    if not merging and not exact and draw(st.booleans()):
+        made.append(Statement(draw(prefixes()), draw(st.just(Role("layers")) | layer_ranges(model.layers))))
+    return Program(tuple(draw(st.permutations(made))), seed=draw(st.integers(0, 9)))

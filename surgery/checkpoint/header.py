@@ -51,8 +51,9 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            if prefix[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            prefix, first = file.read(8), file.read(1)
+            # A length may look like a pickle's first bytes (640 does); what follows it never does.
+            if first != b"{" and prefix[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
                 raise _pickle(path)
             if size < 8:
                 raise _error("S411", path, f"is truncated: {size} bytes", "download or copy the file again")
@@ -61,7 +62,7 @@ def read_header(path: Path) -> Header:
                 raise _corrupt(path, f"its header claims {length} bytes")
             if length > size - 8:
                 raise _error("S411", path, "is truncated inside its header", "download or copy the file again")
-            text = file.read(length)
+            text = (first + file.read(length - 1)) if length else b""
     except OSError as error:
         raise _unreadable(path, error) from None
     try:

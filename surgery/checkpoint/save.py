@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.checkpoint import huggingface
+from surgery.checkpoint import fourbit, huggingface
 from surgery.checkpoint import tensors as files
+from surgery.checkpoint.fourbit import Layout
 from surgery.checkpoint.huggingface import TOKENIZER_FILES
 from surgery.checkpoint.inventory import Held, inventory
 from surgery.checkpoint.manifest import ADDED, BASE, NAME, Entry, Manifest
@@ -48,10 +49,12 @@ def save(
 
     held = inventory(model)
     with staged(Path(path), force) as partial:
+        packed = fourbit.layout(model)
         entries: dict[str, Entry] = {}
-        for file, group in _files(held).items():
-            entries |= _write(partial / file, group, tell)
-        _write_config(model, partial, origin, tokenizer)
+        for file, group in _files(held, packed).items():
+            entries |= _write(partial / file, group, packed, tell)
+        _write_config(model, partial, packed)
+        _write_tokenizer(model, partial, origin, tokenizer)
         Manifest(
             version=__version__,
             program=str(record.plan.program),
@@ -62,6 +65,7 @@ def save(
             tensors=entries,
             ties={name: one.name for one in held.values() for name in one.names[1:]},
             trainable=tuple(one.name for one in held.values() if one.parameter and one.tensor.requires_grad),
+            extras=tuple(packed.extras),
             settings=_settings(model),
         ).write(partial / NAME)
 
@@ -98,29 +102,38 @@ def bytes_of(model: nn.Module) -> int:
     return sum(one.tensor.numel() * one.tensor.dtype.itemsize for one in inventory(model).values())
 
 
-def _files(held: Mapping[str, Held]) -> dict[str, dict[str, Tensor]]:
+def _files(held: Mapping[str, Held], packed: Layout) -> dict[str, dict[str, Tensor]]:
     groups: dict[str, dict[str, Tensor]] = {BASE: {}, ADDED: {}}
     for name, one in held.items():
         if one.tensor.is_meta:
             raise CheckpointError.of("S422", f"{name} is on the meta device: there are no weights to save")
-        groups[ADDED if one.added or not one.persistent else BASE][name] = one.tensor
+        ours = (one.added or not one.persistent) and name not in packed.keys
+        groups[ADDED if ours else BASE][name] = one.tensor
     return groups
 
 
-def _write(path: Path, group: Mapping[str, Tensor], tell: files.Tell) -> dict[str, Entry]:
-    digests = files.write(path, group, tell)
-    return {name: Entry(path.name, digests[name]) for name in group}
+def _write(path: Path, group: Mapping[str, Tensor], packed: Layout, tell: files.Tell) -> dict[str, Entry]:
+    stored = {packed.keys.get(name, name): tensor for name, tensor in group.items()}
+    digests = files.write(path, {**stored, **(packed.extras if path.name == BASE else {})}, tell)
+    return {name: Entry(path.name, digests[packed.keys.get(name, name)], packed.keys.get(name)) for name in group}
 
 
-def _write_config(model: nn.Module, directory: Path, origin: str | None, tokenizer: Any | None) -> None:
-    """config.json as `from_pretrained` reads it, and the tokenizer."""
-    if hasattr(getattr(model, "config", None), "to_json_file"):
-        config: Any = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]
-        config.to_json_file(directory / "config.json", use_diff=True)
-        generation: Any = getattr(model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(directory)
+def _write_config(model: nn.Module, directory: Path, packed: Layout) -> None:
+    """config.json as `from_pretrained` reads it."""
+    if not hasattr(getattr(model, "config", None), "to_json_file"):
+        return
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if packed.config is not None:
+        config.quantization_config = dict(packed.config)
+    config.to_json_file(directory / "config.json", use_diff=True)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(directory)
+
+
+def _write_tokenizer(model: nn.Module, directory: Path, origin: str | None, tokenizer: Any | None) -> None:
+    """The tokenizer given, or the files beside the base."""
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
         return

@@ -107,10 +107,12 @@ class AttentionDraft:
             attention_interface.attach(model.get_submodule(self.path), made)
             return made
         # One dictionary of children for both, so that a child that is replaced after this is replaced here.
-        self.original._modules.update(made._modules)
+        # One that was replaced before is kept: the draft holds those of the time when it was begun.
+        for name, child in made._modules.items():
+            self.original._modules.setdefault(name, child)
         made.__dict__["_modules"] = self.original._modules
-        parent, _, name = self.path.rpartition(".")
-        model.get_submodule(parent)._modules[name] = made
+        parent, _, last = self.path.rpartition(".")
+        model.get_submodule(parent)._modules[last] = made
         return made
 
 
@@ -263,7 +265,7 @@ class AttentionSite(Site):
     def _landmark(self, name: str) -> fx.Node:
         node = self.draft.node(name)
         if node is None:
-            raise GraphError.of("S346", f"the attention at {self.path} has no {name} that can be named")
+            raise GraphError.of("S350", f"the attention at {self.path} has no {name} that can be named")
         return node
 
     def _join(self, joint: fx.Node, user: fx.Node, place: int) -> None:

@@ -179,8 +179,7 @@ def _independent(module: Rewritten, x: Tensor) -> Tensor:
     original = module.original
     weight = original._parameters.get("weight")
     if weight is not None and weight is module._parameters.get("weight"):
-        wanted: Tensor = original.eval()(x)
-        return wanted
+        return torch.as_tensor(original.eval()(x))
     draft = Draft(module, "", "weight")
     wide = draft.evaluate(draft.captured.weight).detach()
     bias = module._parameters.get("bias")
@@ -188,7 +187,8 @@ def _independent(module: Rewritten, x: Tensor) -> Tensor:
         return F.embedding(x, wide)
     if draft.captured.product.target is linear_as:
         compute = next(each for each in draft.captured.product.args if isinstance(each, torch.dtype))
-        return torch.as_tensor(linear_as(x, wide, bias, compute))
+        product: Tensor = linear_as(x, wide, bias, compute)
+        return product
     return F.linear(x, wide.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 

@@ -48,7 +48,7 @@ def _headers(directory: Path, manifest: Manifest) -> list[Header]:
     for file in sorted({entry.file for entry in manifest.tensors.values()}):
         header = read_header(directory / file)
         wanted = {entry.key or name for name, entry in manifest.tensors.items() if entry.file == file}
-        held = {tensor.name for tensor in header.tensors}
+        held = {tensor.name for tensor in header.tensors} - set(manifest.extras)
         _same_names(wanted, held, f"`{header.path}`")
         headers.append(header)
     return headers
@@ -116,6 +116,8 @@ def _fill(held: dict[str, Held], manifest: Manifest, headers: list[Header], tell
     names = {(entry.file, entry.key or name): name for name, entry in manifest.tensors.items()}
     for header in headers:
         for key, tensor in files.read(header, tell):
+            if key in manifest.extras:
+                continue
             name = names[header.path.name, key]
             put(held[name], _checked(name, tensor, manifest.tensors[name], held[name]))
     trainable = set(manifest.trainable)

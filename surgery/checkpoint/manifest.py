@@ -34,7 +34,8 @@ class Manifest:
     program: canonical text. plan: the resolved sites, as `Plan.to_json`. model_class: `module:QualName`.
     origin: MODEL that the base came from, None where only its class is known.
     settings: what config.json leaves out (attention implementation). ties: name -> name of the tensor it is.
-    trainable: parameters that require gradients. training: modules' mode. promises: as `Report.to_json`, of `verify`.
+    trainable: parameters that require gradients. extras: keys in the files that only other readers want.
+    promises: as `Report.to_json` of the last `verify`.
     """
 
     version: str
@@ -46,6 +47,7 @@ class Manifest:
     tensors: Mapping[str, Entry]
     ties: Mapping[str, str] = field(default_factory=dict)
     trainable: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     promises: Mapping[str, Any] | None = None
     format: int = FORMAT
@@ -58,7 +60,7 @@ class Manifest:
             for name, entry in sorted(self.tensors.items())
         }
         data = {"format": data.pop("format"), **data}
-        path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        path.write_text(_by_lines(data) + "\n", "utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -82,7 +84,7 @@ class Manifest:
             )
         try:
             data["tensors"] = {str(name): _entry(value) for name, value in data["tensors"].items()}
-            data["trainable"] = tuple(data["trainable"])
+            data["trainable"], data["extras"] = tuple(data["trainable"]), tuple(data.get("extras", ()))
             manifest = cls(**data)
             if not isinstance(manifest.program, str) or not isinstance(manifest.plan, dict):
                 raise TypeError("program or plan")
@@ -104,6 +106,20 @@ def keep_promises(directory: Path, promises: Mapping[str, Any]) -> None:
 def total_bytes(directory: Path) -> int:
     """How many bytes of tensors `load` will read, near enough for a progress bar."""
     return sum(path.stat().st_size for path in (directory / BASE, directory / ADDED) if path.is_file())
+
+
+def _by_lines(data: Any, depth: int = 3) -> str:
+    """JSON with one line for each item down to a depth, so that people can read it and diffs are small."""
+    dumped = json.dumps(data, ensure_ascii=False)
+    if depth == 0 or not isinstance(data, dict | list) or len(dumped) < 100:
+        return dumped
+    if isinstance(data, dict):
+        items = [f"{json.dumps(key)}: {_by_lines(value, depth - 1)}" for key, value in data.items()]
+        opening, closing = "{", "}"
+    else:
+        items = [_by_lines(value, depth - 1) for value in data]
+        opening, closing = "[", "]"
+    return opening + "\n" + ",\n".join(items) + "\n" + closing
 
 
 def _entry(data: Mapping[str, Any]) -> Entry:

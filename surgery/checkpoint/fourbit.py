@@ -1,0 +1,125 @@
+"""4-bit weights under the names and with the config that transformers and bitsandbytes read by themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgery.graph.functions import dequantize_4bit
+from surgery.graph.module import Rewritten, rewritten
+
+if TYPE_CHECKING:
+    from torch import Tensor, fx, nn
+
+# Our buffers beside a weight -> what stands behind the weight's name in a file.
+SUFFIXES = {"absmax": "absmax", "nested_absmax": "nested_absmax", "nested_map": "nested_quant_map"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What differs in model.safetensors and config.json where weights are kept in 4 bits; empty where none are.
+
+    keys: name in the model -> name in the file. extras: tensors that only other readers want.
+    config: `quantization_config`, None where nothing is quantized.
+    """
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+
+
+def layout(model: nn.Module) -> Layout:
+    """How the model's 4-bit weights are written."""
+    keys: dict[str, str] = {}
+    extras: dict[str, Tensor] = {}
+    first: tuple[Any, ...] | None = None
+    packed = set()
+    for path, name, node in _quantized(model):
+        module = model.get_submodule(path)
+        assert isinstance(module, Rewritten)
+        weight = f"{path}.{name}"
+        packed.add(path)
+        format, block, shape, dtype = node.args[5:9]
+        keys |= {
+            f"{weight}_{ours}": f"{weight}.{theirs}"
+            for ours, theirs in SUFFIXES.items()
+            if _has(module, f"{name}_{ours}")
+        }
+        double = _has(module, f"{name}_nested_absmax")
+        state = _state(module, name, double, format, block, shape, dtype)
+        extras[f"{weight}.quant_state.bitsandbytes__{format}"] = _text(state)
+        extras[f"{weight}.quant_map"] = _codes(str(format))
+        first = first or (format, double, dtype)
+    if first is None:
+        return Layout()
+    return Layout(keys, extras, _config(model, packed, *first))
+
+
+def _quantized(model: nn.Module) -> Iterator[tuple[str, str, fx.Node]]:
+    """Path, parameter and dequantizing node of every 4-bit weight."""
+    for path, module in rewritten(model):
+        for node in module.full.nodes:
+            if node.target is dequantize_4bit:
+                yield path, str(node.args[0].target), node
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return name in module._buffers
+
+
+def _state(
+    module: nn.Module, name: str, double: bool, format: Any, block: Any, shape: Any, dtype: Any
+) -> dict[str, Any]:
+    state = {"quant_type": format, "blocksize": block, "dtype": _name(dtype), "shape": list(shape)}
+    if double:
+        offset: Any = module._buffers[f"{name}_offset"]
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset.item()}
+    return state
+
+
+def _text(data: Mapping[str, Any]) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(data).encode()), dtype=torch.uint8)
+
+
+def _codes(format: str) -> Tensor:
+    from bitsandbytes.functional import get_4bit_type
+
+    codes: Tensor = get_4bit_type(format, device="cpu")
+    return codes
+
+
+def _config(model: nn.Module, packed: set[str], format: Any, double: bool, dtype: Any) -> dict[str, Any]:
+    kinds = (torch.nn.Linear, *_conv1d())
+    wide = [
+        path
+        for path, module in model.named_modules()
+        if path not in packed and isinstance(getattr(module, "original", module), kinds)
+    ]
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": format,
+        "bnb_4bit_use_double_quant": double,
+        "bnb_4bit_compute_dtype": _name(dtype),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": wide,
+        "llm_int8_threshold": 6.0,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+    }
+
+
+def _conv1d() -> tuple[type, ...]:
+    import sys
+
+    found = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return (found,) if found is not None else ()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

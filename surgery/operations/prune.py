@@ -63,7 +63,9 @@ class Prune(Operation):
         return ("mask",)
 
     def rewrite(self, site: Site) -> None:
-        bits = torch.empty(-(-site.part.shape[0] * site.part.shape[1] // 8), dtype=torch.uint8, device=site.device)
+        # All ones until it is filled: the scores are taken of the weight as it is read, through this mask.
+        count = -(-site.part.shape[0] * site.part.shape[1] // 8)
+        bits = torch.full((count,), 255, dtype=torch.uint8, device=site.device)
         site.mask_weight(functions.masked, site.buffer("weight_mask", bits))
 
     def fill(self, sites: Sequence[Site], context: Any) -> None:

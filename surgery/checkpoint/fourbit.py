@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.graph.functions import dequantize_4bit
+from surgery.graph.codes import dequantize_4bit
 from surgery.graph.module import Rewritten, rewritten
 
 if TYPE_CHECKING:

@@ -11,6 +11,8 @@ from surgery.checkpoint import tensors as files
 from surgery.checkpoint.header import Header, read_header
 from surgery.checkpoint.inventory import Held, inventory, put
 from surgery.checkpoint.manifest import Entry, Manifest
+from surgery.checkpoint.models import LoadedModel
+from surgery.checkpoint.models import load as load_base
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -27,19 +29,26 @@ def load(path: str | Path, model: nn.Module | None = None, *, tell: files.Tell =
     tell: called with the number of bytes read since its last call.
     Errors: S410 to S413 the tensor files, S440 to S446 the manifest or what it says.
     """
-    directory = Path(path)
+    return read(Path(path), model, tell).model
+
+
+def read(directory: Path, model: nn.Module | None = None, tell: files.Tell = files.silent) -> LoadedModel:
+    """As `load`, with the example inputs and the origin of the base."""
     if not directory.is_dir():
         raise CheckpointError.of("S401", f"no directory `{directory}`")
     manifest = Manifest.read(directory)
     headers = _headers(directory, manifest)
     if model is None:
-        model = _skeleton(directory, manifest)
+        loaded = _base(directory, manifest)
     elif "_surgery" in model.__dict__:
         raise CheckpointError.of("S446", "`model=` is transformed already; give the untransformed base")
-    plan = _replay(model, manifest)
-    _fill(inventory(model), manifest, headers, tell)
-    remember(model, plan)
-    return model.eval()
+    else:
+        loaded = LoadedModel(model, manifest.origin or "", directory=directory)
+    plan = _replay(loaded.model, manifest)
+    _fill(inventory(loaded.model), manifest, headers, tell)
+    remember(loaded.model, plan)
+    loaded.model.eval()
+    return loaded
 
 
 def _headers(directory: Path, manifest: Manifest) -> list[Header]:
@@ -61,7 +70,7 @@ def _same_names(wanted: set[str], held: set[str], where: str) -> None:
             raise CheckpointError.of("S442", f"{where} {what} {len(names)} of the manifest's tensors: {some}")
 
 
-def _skeleton(directory: Path, manifest: Manifest) -> nn.Module:
+def _base(directory: Path, manifest: Manifest) -> LoadedModel:
     """The base without weights: transformers' own classes from config.json, others from their MODEL."""
     module, _, name = manifest.model_class.partition(":")
     if module.split(".")[0] == "transformers":
@@ -69,7 +78,7 @@ def _skeleton(directory: Path, manifest: Manifest) -> nn.Module:
         if cls is None:
             raise CheckpointError.of("S443", f"this transformers has no class {name}")
         settings = huggingface.config(directory, quantized=True)
-        return huggingface.skeleton_of(
+        model = huggingface.skeleton_of(
             cls,
             settings,
             huggingface.dtype_of(settings.dtype),
@@ -77,26 +86,32 @@ def _skeleton(directory: Path, manifest: Manifest) -> nn.Module:
             where=directory,
             options=manifest.settings,
         )
+        return LoadedModel(model, manifest.origin or "", directory=directory)
     if manifest.origin is None or ":" not in manifest.origin:
         raise CheckpointError.of(
             "S444",
             f"`{directory}` does not say how to build {manifest.model_class}",
             help="surgery.load(path, model=...) with the untransformed base",
         )
-    from surgery.checkpoint import models
-
-    return models.load(manifest.origin).model
+    return load_base(manifest.origin)
 
 
 def _replay(model: nn.Module, manifest: Manifest) -> Plan:
     """Rewrite the structure as the plan says: no seeds drawn, no data computed."""
     from surgery.compiler import Plan, perform
+    from surgery.graph.entry import Shifting
+    from surgery.graph.module import rewritten
 
     try:
         plan = Plan.from_json(manifest.plan)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError.of("S440", f"the manifest's plan cannot be read ({error})") from None
     perform(plan, model, hollow=True)
+    for path, site in rewritten(model):
+        # A merge keeps what a prefix's network computes instead of the network.
+        kept = any(f"{path}.{node.meta.get('folds_to')}" in manifest.tensors for node in site.full.nodes)
+        if kept and isinstance(site, Shifting):
+            site.settle()
     return plan
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from surgery.compiler import Plan
 
 
 def save(
@@ -59,7 +62,7 @@ def save(
             version=__version__,
             program=str(record.plan.program),
             seed=record.plan.program.seed,
-            plan=record.plan.to_json(),
+            plan=_standing(record.plan, model).to_json(),
             model_class=f"{type(model).__module__}:{type(model).__qualname__}",
             origin=origin or _origin(model),
             tensors=entries,
@@ -95,6 +98,16 @@ def save_merged(
         else:
             held = inventory(model)
             files.write(partial / BASE, {name: one.tensor for name, one in held.items() if one.persistent}, tell)
+
+
+def _standing(plan: Plan, model: nn.Module) -> Plan:
+    """The plan without the places that a merge made plain again."""
+    from surgery.graph.attention_interface import CHILD
+    from surgery.graph.module import rewritten
+
+    places = {path.removesuffix(f".{CHILD}") for path, _ in rewritten(model)}
+    steps = (replace(step, parts=tuple(part for part in step.parts if part.path in places)) for step in plan.steps)
+    return replace(plan, steps=tuple(steps))
 
 
 def bytes_of(model: nn.Module) -> int:

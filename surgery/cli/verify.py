@@ -21,15 +21,15 @@ def command(ctx: click.Context, out: str, as_json: bool) -> None:
 
     Exit status 1 when a promise does not hold. What was found is kept in OUT/surgery.json.
     """
-    from surgery.checkpoint.load import load
+    from surgery.checkpoint.load import read
     from surgery.checkpoint.manifest import keep_promises, total_bytes
 
     with progress(f"reading {out}", lambda: total_bytes(Path(out))) as tell:
-        model = load(out, tell=tell)
+        loaded = read(Path(out), tell=tell)
     with progress("verifying"):
         from surgery.verify import verify
 
-        report = verify(model)
+        report = verify(loaded.model, example_inputs=loaded.example_inputs)
     keep_promises(Path(out), report.to_json())
     click.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
     ctx.exit(0 if report else FAILED)

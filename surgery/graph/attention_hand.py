@@ -13,7 +13,6 @@ from surgery.errors import GraphError
 from surgery.graph.attention_math import like
 from surgery.graph.attention_trace import scale_chain
 
-NUMBERS: set[Any] = {operator.mul, operator.truediv, operator.pow}
 MASKING: set[Any] = {
     operator.add,
     operator.iadd,
@@ -29,7 +28,6 @@ MASKING: set[Any] = {
     "masked_fill_",
     "where",
 }
-SIZES: set[Any] = {getattr, operator.getitem, "size"}
 
 
 def scores_of(query: Tensor, prefix: Tensor, heads: int) -> Tensor:
@@ -89,9 +87,9 @@ def _between(core: fx.Node, out: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _is_number(node: fx.Node) -> bool:
-    """Whether a node's value is a number got from sizes and constants."""
-    if node.target in SIZES:
+    """Whether a node's value is a number (or several) got from sizes and constants."""
+    if node.target == "size" or (node.target is getattr and node.args[1] == "shape"):
         return True
-    if node.op == "call_function" and (node.target in NUMBERS or getattr(node.target, "__module__", "") == "math"):
-        return all(_is_number(each) for each in node.all_input_nodes)
-    return False
+    of_numbers = getattr(node.target, "__module__", "") in ("math", "_operator", "builtins")
+    sources = node.all_input_nodes
+    return node.op == "call_function" and of_numbers and bool(sources) and all(map(_is_number, sources))

@@ -30,7 +30,8 @@ class Prefix(Operation):
     """Prefix tuning (Li & Liang 2021): K' = [P_K; K], V' = [P_V; V] in every layer, seen by every query.
 
     Tokens stand at positions n, n + 1, ... as if n others came first. `gated` (LLaMA-Adapter, Zhang et al. 2023) leaves
-    the model's own attention alone: out + tanh(g) softmax(q P_K^T) P_V, g = 0 at the start, one per head; positions stay.
+    the model's own attention alone: out + tanh(g) softmax(q P_K^T) P_V, one g per head, 0 at the start; positions stay.
+    Of `init text`, the token ids are the text's own, without special tokens; they are repeated or cut to fill n.
     """
 
     verb: ClassVar[str] = "prefix"
@@ -88,8 +89,6 @@ class Prefix(Operation):
         return "becomes plain keys and values" if self.via is not None else "stays"
 
     def warnings(self, parts: Sequence[Part], anatomy: Anatomy, model: Any) -> Iterable[str]:
-        if self.text is not None and self.positions is not None:
-            yield f"the text of `{self}` is repeated or cut where it has not just {self.positions} tokens"
         if not self.gated:
             yield from entry.check(model, anatomy.parts, {part.path: self.positions or 0 for part in parts})
 

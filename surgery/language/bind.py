@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from surgery.language.suggest import did_you_mean, listed, nearest
 from surgery.language.tree import Act, Clause, Every, Group, Joined, LayerRange, Literal, Selection, Word
 from surgery.language.values import Limits, convert, wanted
 from surgery.language.wording import described, expected, short, usage, worded
-from surgery.operations import lookup, verbs
+from surgery.operations import Vocabulary
 from surgery.operations.base import Operation
 from surgery.operations.options import Option, Payload, Variant, schema
 
@@ -25,7 +25,9 @@ NOTHING = Union(())
 
 @dataclass(frozen=True)
 class Context:
-    """What surrounds a statement: the values of `let` names, and the directory that its paths start from."""
+    """What surrounds a statement: the verbs there are, the values of `let` names, where its paths start from."""
+
+    vocabulary: Vocabulary
 
     values: Mapping[str, Word | Literal] = field(default_factory=dict)
     directory: Path | None = None
@@ -33,14 +35,16 @@ class Context:
 
 def bind(act: Act, context: Context) -> Statement:
     """The statement that was written. Raises ProgramError with everything that is wrong with it."""
-    operation = lookup(act.verb.text)
+    try:
+        operation = context.vocabulary.lookup(act.verb.text)
+    except ProgramError as error:
+        raise ProgramError(*(replace(fault, span=act.verb.span) for fault in error.diagnostics)) from error
     if operation is None:
-        raise _unknown_verb(act.verb)
+        raise _unknown_verb(act.verb, context.vocabulary.verbs())
     return _Binder(act, operation, context).statement()
 
 
-def _unknown_verb(verb: Word) -> ProgramError:
-    known = verbs()
+def _unknown_verb(verb: Word, known: Mapping[str, str]) -> ProgramError:
     return ProgramError(
         Diagnostic(
             "S010",
@@ -176,7 +180,7 @@ class _Binder:
         self.places[option.name] = span
         self.values[option.name] = convert(
             _moved(literal, span),
-            Limits.of(f"the {option.word} of {self.act.verb.text}", option),
+            Limits.of(f"{option.word} of {self.act.verb.text}", option),
             self.context.directory,
         )
         self.unit(option)

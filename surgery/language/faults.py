@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import Diagnostic
 from surgery.language.source import Source, Span
-from surgery.language.suggest import did_you_mean
+from surgery.language.suggest import did_you_mean, listed
 
 if TYPE_CHECKING:
     from lark import UnexpectedInput
@@ -104,7 +104,7 @@ def _wanted(expected: set[str]) -> str:
     if expected == {"NAME"}:
         return "a name"
     if expected == {"_EQUALS"}:
-        return "="
+        return "`=`"
     if "LET" in expected:
         return "a verb"
     if expected <= {"ALL", "NAME", "LAYERS"}:
@@ -112,9 +112,9 @@ def _wanted(expected: set[str]) -> str:
     words = [
         word for word, token in zip(KEYWORDS, ("ON", "IN", "EXCEPT", "AS", "EXPECT"), strict=True) if token in expected
     ]
-    closing = [")"] if "RIGHT" in expected and "ON" not in expected else []
+    closing = ["`)`"] if "RIGHT" in expected and "ON" not in expected else []
     ends = ["the end of the statement"] if expected & {"_NEWLINE", "_SEMICOLON", "$END"} else []
-    return ", ".join([*closing, *(f"`{word}`" for word in words), *ends]) or "something else"
+    return listed([*closing, *(f"`{word}`" for word in words), *ends]) or "something else"
 
 
 def _shown(text: str) -> str:

@@ -15,6 +15,7 @@ from surgery.language.suggest import did_you_mean, listed
 from surgery.language.syntax import LARGEST, read_tree
 from surgery.language.texts import decode, encode
 from surgery.language.tree import Act, Directive, Include, Let, Literal, Tree, Word
+from surgery.operations import Vocabulary
 
 VERSION = 1
 DEEPEST_INCLUDE = 64
@@ -156,10 +157,11 @@ class _Collector:
 
     def program(self, source: Source, parameters: Mapping[str, object]) -> Program:
         values = {**self.values, **self.given(parameters)}
+        vocabulary = Vocabulary()
         statements: list[Statement] = []
         for pending in self.acts:
             try:
-                statements.append(bind(pending.act, Context(values, pending.directory)))
+                statements.append(bind(pending.act, Context(vocabulary, values, pending.directory)))
             except ProgramError as error:
                 self.faults += error.diagnostics
         if self.faults:

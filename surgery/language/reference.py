@@ -33,7 +33,15 @@ def reference(head: str | None, chosen: Iterable[str]) -> str:
     """The whole page; `head` None: the one in grammar/README.md."""
     if head is None:
         head = grammar_file("README.md").partition(MARKER)[0]
-    return head + MARKER + "\n## Verbs\n\n" + "\n\n".join(verb_section(verb, "###") for verb in sorted(chosen)) + "\n"
+    return head + MARKER + "\n## Verbs\n\n" + "\n\n".join(map(_section, sorted(chosen))) + "\n"
+
+
+def _section(verb: str) -> str:
+    """A verb of a broken package must not hide the others."""
+    try:
+        return verb_section(verb, "###")
+    except ProgramError as error:
+        return f"### {verb}\n\n{error.diagnostics[0].message}"
 
 
 def verb_section(verb: str, heading: str = "##") -> str:

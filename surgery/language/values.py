@@ -58,7 +58,7 @@ def convert(literal: Literal, limits: Limits, directory: Path | None) -> Any:
         raise ProgramError.of("S013", f"a number of {len(literal.text)} characters", literal.span, "too long")
     if literal.form in ("number", "percent") and _absurd(literal.text):
         raise ProgramError.of(
-            "S013", f"{limits.name} is {literal.text}", literal.span, "no value of that size is meant"
+            "S013", f"{limits.name} cannot be {literal.text}", literal.span, "no value of that size is meant"
         )
     for form in limits.forms:
         value = _value(form, literal, directory)
@@ -119,14 +119,14 @@ def _check(value: Any, form: Form, literal: Literal, limits: Limits) -> None:
         if not 0 < value.part < value.whole:
             raise ProgramError.of(
                 "S013",
-                f"{limits.name} is {value}",
+                f"{limits.name} cannot be {value}",
                 literal.span,
                 "expected fewer than the whole, and at least one, as 2:4",
             )
         return
     if form in ("text", "file"):
         if not str(value):
-            raise ProgramError.of("S013", f"{limits.name} is empty", literal.span, f"expected {WANTED[form]}")
+            raise ProgramError.of("S013", f"{limits.name} cannot be empty", literal.span, f"expected {WANTED[form]}")
         return
     share = form == "share"
     low = limits.at_least if limits.at_least is not None or limits.above is not None or not share else 0.0
@@ -140,7 +140,7 @@ def _check(value: Any, form: Form, literal: Literal, limits: Limits) -> None:
     broken = [f"{said} {number_text(bound, share)}" for bound, said, holds in bounds if not holds and bound is not None]
     if broken:
         said = " and ".join(f"{said} {number_text(bound, share)}" for bound, said, _ in bounds if bound is not None)
-        raise ProgramError.of("S013", f"{limits.name} is {literal.text}", literal.span, f"must be {said}")
+        raise ProgramError.of("S013", f"{limits.name} cannot be {literal.text}", literal.span, f"must be {said}")
 
 
 def number_text(value: float, share: bool = False) -> str:

@@ -107,7 +107,7 @@ def _scalar(value: Any, form: str) -> str:
     if form == "selection":
         text = selector_text(value)
         plain = all(isinstance(item, Role) for item in (value.items if isinstance(value, Union) else (value,)))
-        return text if plain or text.startswith("(") else f"({text})"
+        return text if plain or isinstance(value, (Intersection, Difference)) else f"({text})"
     return number_text(value) if isinstance(value, (int, float)) else str(value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -24,29 +25,41 @@ TABLE: Mapping[str, str] = MappingProxyType(
 )
 
 
+class Vocabulary:
+    """The verbs as they are now. Searching the installed packages takes time: once, and only when a verb is not ours."""
+
+    @cached_property
+    def installed(self) -> Mapping[str, str]:
+        from importlib.metadata import entry_points  # slow to import as well
+
+        return {point.name: point.value for point in sorted(entry_points(group=GROUP), key=lambda point: point.value)}
+
+    def verbs(self) -> dict[str, str]:
+        """Every verb and where its class is, `module:Class`. Other packages add verbs; they cannot replace ours."""
+        return {**self.installed, **TABLE}
+
+    def lookup(self, verb: str) -> type[Operation] | None:
+        """The class of a verb, None when there is no such verb. Raises ProgramError (S040): its package is broken."""
+        place = TABLE.get(verb) or self.installed.get(verb)
+        if place is None:
+            return None
+        module, _, name = place.partition(":")
+        try:
+            found: type[Operation] = getattr(importlib.import_module(module), name)
+        except Exception as error:
+            raise ProgramError.of(
+                "S040",
+                f"the verb '{verb}' cannot be loaded from {place}: {type(error).__name__}: {error}",
+                help="repair or uninstall the package that provides it",
+            ) from error
+        return found
+
+
 def verbs() -> dict[str, str]:
-    """Every verb and where its class is, `module:Class`. Other packages add verbs; they cannot replace ours."""
-    return {**_installed(), **TABLE}
+    """Every verb and where its class is, `module:Class`."""
+    return Vocabulary().verbs()
 
 
 def lookup(verb: str) -> type[Operation] | None:
-    """The class of a verb, None when there is no such verb. Raises ProgramError (S040) when its package is broken."""
-    place = TABLE.get(verb) or _installed().get(verb)  # packages are searched for what is not ours only: it takes time
-    if place is None:
-        return None
-    module, _, name = place.partition(":")
-    try:
-        found: type[Operation] = getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise ProgramError.of(
-            "S040",
-            f"the verb '{verb}' cannot be loaded from {place}: {type(error).__name__}: {error}",
-            help="repair or uninstall the package that provides it",
-        ) from error
-    return found
-
-
-def _installed() -> dict[str, str]:
-    from importlib.metadata import entry_points  # slow to import, and rarely needed
-
-    return {point.name: point.value for point in sorted(entry_points(group=GROUP), key=lambda point: point.value)}
+    """The class of a verb, None when there is no such verb. Raises ProgramError (S040): its package is broken."""
+    return Vocabulary().lookup(verb)

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     import torch as torch
     from torch.nn import functional as functional
 
+    from surgery.graph import codes as codes
     from surgery.graph import functions as functions
 else:
+    codes = lazy("surgery.graph.codes")
     functions = lazy("surgery.graph.functions")
     torch = lazy("torch")
     functional = lazy("torch.nn.functional")

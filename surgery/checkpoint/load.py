@@ -74,9 +74,10 @@ def _base(directory: Path, manifest: Manifest) -> LoadedModel:
     """The base without weights: transformers' own classes from config.json, others from their MODEL."""
     module, _, name = manifest.model_class.partition(":")
     if module.split(".")[0] == "transformers":
-        cls = huggingface.find_class(name) or getattr(importlib.import_module(module), name, None)
-        if cls is None:
-            raise CheckpointError.of("S443", f"this transformers has no class {name}")
+        try:
+            cls = huggingface.find_class(name) or getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            raise CheckpointError.of("S443", f"this transformers has no class {name} in {module}") from None
         settings = huggingface.config(directory, quantized=True)
         model = huggingface.skeleton_of(
             cls,
@@ -99,19 +100,12 @@ def _base(directory: Path, manifest: Manifest) -> LoadedModel:
 def _replay(model: nn.Module, manifest: Manifest) -> Plan:
     """Rewrite the structure as the plan says: no seeds drawn, no data computed."""
     from surgery.compiler import Plan, perform
-    from surgery.graph.entry import Shifting
-    from surgery.graph.module import rewritten
 
     try:
         plan = Plan.from_json(manifest.plan)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError.of("S440", f"the manifest's plan cannot be read ({error})") from None
     perform(plan, model, hollow=True)
-    for path, site in rewritten(model):
-        # A merge keeps what a prefix's network computes instead of the network.
-        kept = any(f"{path}.{node.meta.get('folds_to')}" in manifest.tensors for node in site.full.nodes)
-        if kept and isinstance(site, Shifting):
-            site.settle()
     return plan
 
 

@@ -30,10 +30,7 @@ class Cost:
         return sum(self.added)
 
     def steps_json(self) -> list[dict[str, int]]:
-        return [
-            {"parameters_added": n, "bytes_changed": b}
-            for n, b in zip(self.added, self.bytes, strict=True)
-        ]
+        return [{"parameters_added": n, "bytes_changed": b} for n, b in zip(self.added, self.bytes, strict=True)]
 
     def totals_json(self) -> dict[str, Any]:
         total = self.parameters + self.trainable

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import nn
 
-from surgery.compiler.record import ATTRIBUTE, record_of
+from surgery.compiler.apply import untouched
+from surgery.compiler.cost import Cost
+from surgery.compiler.plan import Plan, Step
+from surgery.compiler.record import ATTRIBUTE, Record, record_of
 from surgery.errors import GraphError
 from surgery.graph.affine import NotAffine
 from surgery.graph.fold import fold
@@ -24,14 +28,15 @@ def merge(model: Model, *, progress: Callable[[str, int, int], None] | None = No
     weights come back at that width. Places that no matrix can stand for keep their graph, reduced where possible.
     A tensor that was tied to another and changes is untied. Error: GraphError S311 when the model was not transformed.
     """
-    if record_of(model) is None:
+    record = record_of(model)
+    if record is None:
         raise GraphError.of("S311", "the model was not transformed, there is nothing to merge")
     slots: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for parent in model.modules():
         for name, child in parent._modules.items():
             slots[id(child)].append((parent, name))
     places = list(rewritten(model))
-    for number, (path, site) in enumerate(places):
+    for number, (_, site) in enumerate(places):
         if site.facts is not None:
             _merge_one(site, slots[id(site)])
         else:
@@ -39,7 +44,10 @@ def merge(model: Model, *, progress: Callable[[str, int, int], None] | None = No
         if progress:
             progress("merge", number + 1, len(places))
     _untie(model)
-    if not list(rewritten(model)):
+    left = _what_is_left(record.plan, model)
+    if left.steps:
+        model.__dict__[ATTRIBUTE] = Record(left, untouched(model))
+    else:
         del model.__dict__[ATTRIBUTE]
     return model
 
@@ -51,6 +59,31 @@ def _merge_one(site: Rewritten, slots: list[tuple[nn.Module, str]]) -> None:
         return  # the place keeps its graph: the plan and `unmerged` say which and why
     for parent, name in slots:
         parent._modules[name] = plain
+
+
+def _what_is_left(plan: Plan, model: nn.Module) -> Plan:
+    """The plan whose result the merged model is: the steps and parts that still have a graph."""
+    steps = []
+    for step in plan.steps:
+        parts = tuple(part for part in step.parts if _stands(model.get_submodule(part.path)))
+        if parts:
+            statement = replace(step.statement, operation=step.operation.folded())
+            steps.append(Step(statement, parts))
+    program = replace(plan.program, statements=tuple(step.statement for step in steps))
+    return replace(plan, program=program, steps=tuple(steps), cost=_cost(plan, model, len(steps)), warnings=())
+
+
+def _cost(plan: Plan, model: nn.Module, steps: int) -> Cost:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    return Cost(plan.cost.parameters, size, size, (0,) * steps, (0,) * steps)
+
+
+def _stands(module: nn.Module) -> bool:
+    """Whether a place is still rewritten, itself or in the attention call that it hands out."""
+    return isinstance(module, Rewritten) or any(
+        isinstance(child, Rewritten) and child.facts is None for child in module.children()
+    )
 
 
 def unmerged(model: nn.Module) -> dict[str, str]:

@@ -29,7 +29,8 @@ def _step(step: Mapping[str, Any]) -> list[str]:
         rows.append((first["role"], layers(parts), _shape(first), f"{len(parts)}", pattern(first)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
-        f"    {symbol} " + "  ".join((a.ljust(widths[0]), b.ljust(widths[1]), c.ljust(widths[2]), n.rjust(widths[3]), path))
+        f"    {symbol} "
+        + "  ".join((a.ljust(widths[0]), b.ljust(widths[1]), c.ljust(widths[2]), n.rjust(widths[3]), path))
         for a, b, c, n, path in rows
     ]
     notes = []

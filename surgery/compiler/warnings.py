@@ -26,7 +26,9 @@ def _dense_again(steps: Sequence[Step]) -> list[str]:
     """A branch that is merged into a masked matrix fills its zeros."""
     found = []
     for mask in (step for step in steps if "exact_sparsity" in step.operation.promises()):
-        for branch in (step for step in steps if step.operation.phase == "attach" and "merges" in step.operation.promises()):
+        for branch in (
+            step for step in steps if step.operation.phase == "attach" and "merges" in step.operation.promises()
+        ):
             places = [a for a in branch.parts for b in mask.parts if a.path == b.path and overlap(a, b)]
             if places:
                 found.append(

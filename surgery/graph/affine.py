@@ -190,7 +190,7 @@ def _subtract(a: Any, b: Any) -> Affine:
 def _divide(a: Any, b: Any) -> Affine:
     if not isinstance(a, Affine):
         raise NotAffine("division by the input")
-    return a / b
+    return a.__truediv__(b)
 
 
 def _same(x: Affine, *_: Any, **__: Any) -> Affine:

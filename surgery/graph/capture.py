@@ -98,6 +98,8 @@ def _landmarks(graph: fx.Graph, parameter: str) -> Captured | None:
                 x = node.args[0] if node.target is not torch.addmm else node.args[1]
                 if place == 0 or not isinstance(x, fx.Node):
                     continue
+                if node.target is F.linear:
+                    node.args, node.kwargs = (x, operand, (*node.args, node.kwargs.get("bias"))[2]), {}
                 (output,) = (n for n in graph.nodes if n.op == "output")
                 result: Any = output.args[0]
                 return Captured(graph, inputs[0], node, operand, stored[0], result, plain=False)

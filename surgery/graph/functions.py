@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NESTED_BLOCK = 256
-
 
 def pack_bits(mask: Tensor) -> Tensor:
     """A boolean tensor as (ceil(numel / 8),) uint8, first element in the lowest bit."""
@@ -84,9 +82,7 @@ class LowRankLinear(torch.autograd.Function):
     """Gradients of `low_rank_linear` for x, a and b; the base is frozen and gets none."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         y, product = _forward(flat, weight, bias, a, b, scale)
         ctx.save_for_backward(flat, weight, a, b, product)
@@ -111,62 +107,3 @@ def linear_as(x: Any, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -
     """weight x + bias computed in another dtype, back in x's."""
     product = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return product.to(x.dtype)
-
-
-def dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    format: str,
-    block: int,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """The (out, in) weight of bitsandbytes' packed 4-bit codes, in `dtype` (through float32 where that is float64).
-
-    Only reads `packed`: bitsandbytes' own linear layer may repack it in place on some processors.
-    """
-    import bitsandbytes  # noqa: F401  (registers the operators)
-
-    if nested_absmax is not None:
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, nested_absmax, nested_map, NESTED_BLOCK, torch.float32)
-        absmax = absmax + offset
-    known = dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
-    # As one even row: blocks run through the flat weight, and odd widths would leave the compiled kernel.
-    flat = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, block, format, (1, 2 * packed.numel()), known)
-    return flat.view(-1)[: math.prod(shape)].view(shape).to(dtype)
-
-
-def quantized_linear(x: Any, bias: Tensor | None, compute: torch.dtype | None, *state: Any) -> Any:
-    """dequantize_4bit(*state) x + bias; the backward pass dequantizes again instead of keeping the wide weight."""
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _wide_linear(x, bias, compute, state)
-    return QuantizedLinear.apply(x, bias, compute, *state)
-
-
-def _wide_linear(x: Any, bias: Tensor | None, compute: torch.dtype | None, state: tuple[Any, ...]) -> Any:
-    weight = dequantize_4bit(*state)
-    return linear_as(x, weight, bias, compute or x.dtype)
-
-
-class QuantizedLinear(torch.autograd.Function):
-    """Gradients of `quantized_linear` for x and the bias; the codes have none."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, compute: torch.dtype | None, *state: Any) -> Tensor:
-        ctx.state, ctx.compute, ctx.dtype = state, compute, x.dtype
-        if torch.is_autocast_enabled(x.device.type) and compute is None:
-            ctx.compute = compute = torch.get_autocast_dtype(x.device.type)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return _wide_linear(x, bias, compute, state)  # type: ignore[no-any-return]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        g = gradients[0]
-        dtype = ctx.compute or ctx.dtype
-        grad_x = (g.to(dtype) @ dequantize_4bit(*ctx.state).to(dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_bias, None, *(None for _ in ctx.state)

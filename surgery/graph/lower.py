@@ -10,14 +10,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import fx
 
-from surgery.graph.functions import (
-    add_branch,
-    dequantize_4bit,
-    linear_as,
-    low_rank,
-    low_rank_linear,
-    quantized_linear,
-)
+from surgery.graph.codes import dequantize_4bit, quantized_linear
+from surgery.graph.functions import add_branch, linear_as, low_rank, low_rank_linear
 
 
 def lower(full: fx.Graph) -> fx.Graph:

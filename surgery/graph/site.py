@@ -65,7 +65,7 @@ class Draft:
             weight = module._parameters[parameter]
             assert weight is not None
             self.facts = Facts(
-                shape=tuple(weight.t().shape if self.transposed else weight.shape),
+                shape=(weight.shape[1], weight.shape[0]) if self.transposed else (weight.shape[0], weight.shape[1]),
                 dtype=weight.dtype,
                 lookup=self.captured.product.target is F.embedding,
                 transposed=self.transposed,
@@ -236,7 +236,9 @@ class Site:
             node = self.draft.graph.call_function(function, args, kwargs)
         return self._ours(node)
 
-    def parameter(self, name: str, shape: tuple[int, ...], init: Init = zeros, dtype: torch.dtype | None = None) -> fx.Node:
+    def parameter(
+        self, name: str, shape: tuple[int, ...], init: Init = zeros, dtype: torch.dtype | None = None
+    ) -> fx.Node:
         """A new trainable tensor; float32 over a 16-bit base, the base's dtype otherwise."""
         wide = torch.float32 if self.dtype.itemsize < 4 else self.dtype
         tensor = torch.empty(shape, dtype=dtype or wide, device=self.device)

@@ -114,6 +114,10 @@ class Operation:
     def fill(self, sites: Any, context: Any) -> None:
         """Computes data for the sites, with weights present: masks from scores, codes from weights."""
 
+    def folded(self) -> Operation:
+        """What the statement is after a merge, where its places keep a graph."""
+        return self
+
     def finish(self, sites: Any, context: Any) -> None:
         """Computes what needs the transformed model to run: keys and values of a text."""
 

@@ -118,7 +118,9 @@ class Lora(Operation):
         """A and B from the top singular triplets; the weight becomes what they leave over (PiSSA, Meng et al. 2024)."""
         rows = site.own_rows(site.weight)
         weight = site.evaluate(rows)
-        u, sigma, v = torch.linalg.svd(weight.to(torch.float32 if weight.dtype.itemsize < 4 else weight.dtype), full_matrices=False)
+        u, sigma, v = torch.linalg.svd(
+            weight.to(torch.float32 if weight.dtype.itemsize < 4 else weight.dtype), full_matrices=False
+        )
         root = (sigma[: self.rank] / self.factor).sqrt()
         site.data("lora_A").data.copy_(root.unsqueeze(1) * v[: self.rank])
         site.data("lora_B").data.copy_(u[:, : self.rank] * root)
@@ -128,7 +130,7 @@ class Lora(Operation):
 def magnitude_ratio(m: Tensor, weight: Tensor, a: Tensor, b: Tensor, factor: float) -> Tensor:
     """m / |W + sBA|, row by row: (out,), in m's dtype."""
     with torch.no_grad():
-        norm = torch.linalg.vector_norm(weight.to(m.dtype) + factor * (b @ a), dim=1)
+        norm: Tensor = torch.linalg.vector_norm(weight.to(m.dtype) + factor * (b @ a), dim=1)
     return m / norm
 
 

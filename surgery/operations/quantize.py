@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from surgery.language.selector import Role, Selector
-from surgery.lazy import functions, torch
+from surgery.lazy import codes, functions, torch
 from surgery.operations.base import Count, Flag, Granularity, Operation, Phase, Word, flag, kind, option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
-
-    from torch import Tensor
 
     from surgery.anatomy.parts import Kind, Part
     from surgery.graph.site import Site
@@ -62,17 +60,18 @@ class Quantize(Operation):
 
     def rewrite(self, site: Site) -> None:
         shape = (site.part.shape[0], site.part.shape[1])
-        codes, device, dtype = shape[0] * shape[1], site.device, site.dtype
-        blocks = -(-codes // self.block)
+        codes.register()
+        count, device, dtype = shape[0] * shape[1], site.device, site.dtype
+        blocks = -(-count // self.block)
         site.keep_base()
-        packed = site.put("weight", torch.empty(((codes + 1) // 2, 1), dtype=torch.uint8, device=device))
+        packed = site.put("weight", torch.empty(((count + 1) // 2, 1), dtype=torch.uint8, device=device))
         scale_dtype = torch.uint8 if self.double else torch.float32
         state = [site.buffer("weight_absmax", torch.empty(blocks, dtype=scale_dtype, device=device))]
         if self.double:
-            nested = {"nested_absmax": (-(-blocks // functions.NESTED_BLOCK),), "nested_map": (256,), "offset": ()}
+            nested = {"nested_absmax": (-(-blocks // codes.NESTED_BLOCK),), "nested_map": (256,), "offset": ()}
             state += [site.buffer(f"weight_{name}", torch.empty(size, device=device)) for name, size in nested.items()]
         wide = site.call(
-            functions.dequantize_4bit, packed, *state, *(None,) * (4 - len(state)), self.format, self.block, shape, dtype
+            codes.dequantize_4bit, packed, *state, *(None,) * (4 - len(state)), self.format, self.block, shape, dtype
         )
         site.replace_weight(wide, dtype)
         if self.compute != "input":
@@ -80,20 +79,11 @@ class Quantize(Operation):
 
     def fill(self, sites: Sequence[Site], context: Any) -> None:
         for site in sites:
-            codes, state = encode(site.base_weight(), self.format, self.block, self.double)
-            site.draft.tensor("weight").data.copy_(codes)
+            packed, state = codes.encode(site.base_weight(), self.format, self.block, self.double)
+            site.draft.tensor("weight").data.copy_(packed)
             site.data("weight_absmax").copy_(state.absmax)
             if self.double:
                 site.data("weight_nested_absmax").copy_(state.state2.absmax)
                 site.data("weight_nested_map").copy_(state.state2.code)
                 site.data("weight_offset").copy_(state.offset)
             site.forget_base()
-
-
-def encode(weight: Tensor, format: str, block: int, double: bool) -> tuple[Tensor, Any]:
-    """bitsandbytes' codes (numel/2, 1) uint8 and quantization state of a (out, in) weight; float64 goes by float32."""
-    import bitsandbytes.functional as bnb
-
-    narrow = weight.to(torch.float32) if weight.dtype == torch.float64 else weight
-    codes, state = bnb.quantize_4bit(narrow.contiguous(), blocksize=block, compress_statistics=double, quant_type=format)
-    return codes, state

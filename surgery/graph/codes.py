@@ -1,0 +1,101 @@
+"""4-bit codes in a graph: widen them, and multiply by what they stand for without keeping it (bitsandbytes' layout)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.graph.functions import linear_as
+
+NESTED_BLOCK = 256
+
+
+def register() -> None:
+    """Import bitsandbytes, which registers the operators used here, without its remarks on optional kernels."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        logger.setLevel(level)
+
+
+def encode(weight: Tensor, format: str, block: int, double: bool) -> tuple[Tensor, Any]:
+    """bitsandbytes' codes (ceil(numel / 2), 1) uint8 and quantization state of a (out, in) weight.
+
+    A float64 weight is narrowed to float32 first, which is the widest that bitsandbytes reads.
+    """
+    import bitsandbytes.functional as bnb
+
+    narrow = weight.to(torch.float32) if weight.dtype == torch.float64 else weight
+    codes, state = bnb.quantize_4bit(
+        narrow.contiguous(), blocksize=block, compress_statistics=double, quant_type=format
+    )
+    return codes, state
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    offset: Tensor | None,
+    format: str,
+    block: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The (out, in) weight of bitsandbytes' packed 4-bit codes, in `dtype` (through float32 where that is float64).
+
+    Needs `register` to have run. Only reads `packed`: bitsandbytes' own linear layer may repack it in place on some processors.
+    """
+    if nested_absmax is not None and nested_map is not None and offset is not None:
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+            absmax, nested_absmax, nested_map, NESTED_BLOCK, torch.float32
+        )
+        absmax = absmax + offset
+    known = dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
+    # As one even row: blocks run through the flat weight, and odd widths would leave the compiled kernel.
+    flat = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, block, format, (1, 2 * packed.numel()), known)
+    weight: Tensor = flat.view(-1)[: math.prod(shape)].view(shape).to(dtype)
+    return weight
+
+
+def quantized_linear(x: Any, bias: Tensor | None, compute: torch.dtype | None, *state: Any) -> Any:
+    """dequantize_4bit(*state) x + bias; the backward pass dequantizes again instead of keeping the wide weight."""
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _wide_linear(x, bias, compute, state)
+    return QuantizedLinear.apply(x, bias, compute, *state)
+
+
+def _wide_linear(x: Any, bias: Tensor | None, compute: torch.dtype | None, state: tuple[Any, ...]) -> Any:
+    weight = dequantize_4bit(*state)
+    return linear_as(x, weight, bias, compute or x.dtype)
+
+
+class QuantizedLinear(torch.autograd.Function):
+    """Gradients of `quantized_linear` for x and the bias; the codes have none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, compute: torch.dtype | None, *state: Any) -> Tensor:
+        ctx.state, ctx.compute, ctx.dtype = state, compute, x.dtype
+        if torch.is_autocast_enabled(x.device.type) and compute is None:
+            ctx.compute = compute = torch.get_autocast_dtype(x.device.type)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _wide_linear(x, bias, compute, state)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        g = gradients[0]
+        dtype = ctx.compute or ctx.dtype
+        grad_x = (
+            (g.to(dtype) @ dequantize_4bit(*ctx.state).to(dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        )
+        grad_bias = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None, *(None for _ in ctx.state)

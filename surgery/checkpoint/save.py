@@ -19,6 +19,7 @@ from surgery.checkpoint.staging import staged
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from surgery.compiler import Plan
@@ -56,7 +57,7 @@ def save(
         entries: dict[str, Entry] = {}
         for file, group in _files(held, packed).items():
             entries |= _write(partial / file, group, packed, tell)
-        _write_config(model, partial, packed)
+        _write_config(model, partial, packed, _dtype(held))
         _write_tokenizer(model, partial, origin, tokenizer)
         Manifest(
             version=__version__,
@@ -131,12 +132,19 @@ def _write(path: Path, group: Mapping[str, Tensor], packed: Layout, tell: files.
     return {name: Entry(path.name, digests[packed.keys.get(name, name)], packed.keys.get(name)) for name in group}
 
 
-def _write_config(model: nn.Module, directory: Path, packed: Layout) -> None:
+def _dtype(held: Mapping[str, Held]) -> torch.dtype | None:
+    """Of the base: its first floating parameter."""
+    ours = (one.tensor.dtype for one in held.values() if one.parameter and not one.added)
+    return next((dtype for dtype in ours if dtype.is_floating_point), None)
+
+
+def _write_config(model: nn.Module, directory: Path, packed: Layout, dtype: torch.dtype | None) -> None:
     """config.json as `from_pretrained` reads it."""
     if not hasattr(getattr(model, "config", None), "to_json_file"):
         return
     config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    config.dtype = dtype
     if packed.config is not None:
         config.quantization_config = dict(packed.config)
     config.to_json_file(directory / "config.json", use_diff=True)

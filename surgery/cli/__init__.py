@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -103,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         warnings.simplefilter("ignore")
     before = signal.signal(signal.SIGTERM, _terminate)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         status = cli.main(args=arguments, prog_name="surgery", standalone_mode=False)
         sys.stdout.flush()
@@ -111,5 +114,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BaseException as error:
         status = errors.show(error)
     finally:
+        logging.disable(level)
         signal.signal(signal.SIGTERM, before)
     sys.exit(status if isinstance(status, int) else 0)

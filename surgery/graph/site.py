@@ -104,7 +104,8 @@ class Draft:
 
     def finish(self) -> Rewritten:
         """The module to install."""
-        self.graph.eliminate_dead_code()
+        # fx cannot ask a graph that belongs to no module yet whether calling its children (dropout) has side effects.
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         self.mark()
         self.graph.lint()
         return Rewritten.build(self.root, self.graph, self.original, tuple(self.added), self.facts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from surgery.anatomy.parts import Anatomy, Heads, Kind, Part, Stack
@@ -18,3 +20,14 @@ def study(model: nn.Module, example_inputs: Any = None) -> Anatomy:
     from surgery.anatomy.study import study as study_model
 
     return study_model(model, example_inputs)
+
+
+class _Package(ModuleType):
+    """Keeps `study` the function: importing the module of that name would put the module in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name == "study" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

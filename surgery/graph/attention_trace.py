@@ -25,10 +25,26 @@ MAKERS = ("arange", "ones", "zeros", "full", "empty", "eye")
 
 
 class _Tracer(fx.Tracer):
-    """Every child is a call."""
+    """Every child is a call; what is split into a known number of pieces can be taken apart in any way."""
+
+    proxy_buffer_attributes = True  # `self.mask[:, :length]` with a traced length
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        count = _pieces(obj.node)
+        return super().iter(obj) if count is None else (obj[place] for place in range(count))
+
+
+def _pieces(node: fx.Node) -> int | None:
+    """How many pieces a node gives, where its arguments say so."""
+    amount = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
+    if node.target in ("chunk", torch.chunk):
+        return amount if isinstance(amount, int) else None
+    if node.target in ("split", "split_with_sizes", torch.split):
+        return len(amount) if isinstance(amount, (tuple, list)) else None
+    return None
 
 
 def trace(module: nn.Module, path: str, given: frozenset[str] | None = None) -> fx.Graph:
@@ -131,6 +147,9 @@ def _follow_mode(graph: fx.Graph, other: fx.Graph, module: nn.Module, path: str)
     def differing(node: fx.Node, mine: Any, yours: Any) -> Any:
         if isinstance(mine, (tuple, list)) and isinstance(yours, (tuple, list)) and len(mine) == len(yours):
             return type(mine)(differing(node, a, b) for a, b in zip(mine, yours, strict=True))
+        if isinstance(mine, slice) and isinstance(yours, slice):
+            ends = ((mine.start, yours.start), (mine.stop, yours.stop), (mine.step, yours.step))
+            return slice(*(differing(node, a, b) for a, b in ends))
         if isinstance(mine, fx.Node) or mine == yours:
             return mine
         name = f"by_mode_{len(modes)}"
@@ -188,7 +207,7 @@ def _over_keys(module: nn.Module, node: fx.Node) -> bool:
 
 
 def _child(module: nn.Module, node: fx.Node) -> nn.Module | None:
-    return module.get_submodule(node.target) if isinstance(node.target, str) and node.op == "call_module" else None
+    return dict(module.named_modules()).get(str(node.target)) if node.op == "call_module" else None
 
 
 def _plain(graph: fx.Graph, node: fx.Node) -> dict[str, fx.Node]:

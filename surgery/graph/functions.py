@@ -72,10 +72,14 @@ def low_rank_linear(x: Any, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    y = F.linear(x, weight, bias)
-    product = x @ a.t()
-    y.addmm_(product, b.t(), alpha=scale)
-    return y, product
+    """The output, and scale * a x as (rank, tokens). x: (tokens, in).
+
+    Products of a narrow matrix run fastest with the narrow side first, and the wide product is the one to accumulate:
+    it reads its output anyway. With b = 0 that gives the bits of the plain map.
+    """
+    inner = torch.mm(a, x.t()).mul_(scale)
+    branch = torch.mm(inner.t(), b.t()) if bias is None else torch.addmm(bias, inner.t(), b.t())
+    return branch.addmm_(x, weight.t()), inner
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -84,22 +88,22 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        y, product = _forward(flat, weight, bias, a, b, scale)
-        ctx.save_for_backward(flat, weight, a, b, product)
+        y, inner = _forward(flat, weight, bias, a, b, scale)
+        ctx.save_for_backward(flat, weight, a, b, inner)
         ctx.scale, ctx.shape = scale, x.shape
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, product = ctx.saved_tensors
+        x, weight, a, b, inner = ctx.saved_tensors
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
-        inner = (g @ b).mul_(ctx.scale)
-        grad_a = inner.t() @ x if ctx.needs_input_grad[3] else None
-        grad_b = (g.t() @ product).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
+        outer = torch.mm(b.t(), g.t()).mul_(ctx.scale)
+        grad_a = torch.mm(outer, x) if ctx.needs_input_grad[3] else None
+        grad_b = torch.mm(inner, g).t() if ctx.needs_input_grad[4] else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (g @ weight).addmm_(inner, a).view(ctx.shape)
+            grad_x = torch.mm(outer.t(), a).addmm_(g, weight).view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, None
 
 

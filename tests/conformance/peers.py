@@ -54,8 +54,9 @@ def peft_lora(
         for name, tensor in found.items():
             draw = torch.randn(tensor.shape, generator=zoo.seeded(seed, f"{path}.{name}"), dtype=torch.float64)
             with torch.no_grad():
-                # A magnitude is about the norm it starts as; everything else is about one over the width.
-                scale = tensor.double() * 0.2 if name == "lora_magnitude" else tensor.shape[-1] ** -0.5
+                # A magnitude is about the norm it starts as. Adapters much larger than their base would make a small
+                # random model chaotic: both implementations' rounding is then far more than 1e-6 away from exact.
+                scale = tensor.double() * 0.2 if name == "lora_magnitude" else 0.4 * tensor.shape[-1] ** -0.5
                 shift = tensor.double() if name == "lora_magnitude" else 0.0
                 tensor.copy_(shift + scale * draw)
             tensors[f"{path}.{name}"] = tensor.detach().clone()

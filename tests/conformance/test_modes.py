@@ -65,6 +65,7 @@ def test_a_deep_copy_is_equal_and_independent(family: str) -> None:
         assert torch.equal(off, zoo.logits(model, fed))
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
     model = transformed(family).train()
@@ -74,7 +75,10 @@ def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
     checkpointed = gradients(model, fed)
     assert plain.keys() == checkpointed.keys() == set(surgery.parameters(model))
     assert all(gradient.abs().max() > 0 for gradient in plain.values())
-    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+    for name, gradient in plain.items():
+        # T5 shares its position bias between layers: the sum over them is taken in another order.
+        slack = 1e-5 * gradient.abs().max() if family == "t5" else 0.0
+        assert (checkpointed[name] - gradient).abs().max() <= slack, name
 
 
 @pytest.mark.slow

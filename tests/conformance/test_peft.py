@@ -31,14 +31,28 @@ def test_float32_logits_equal_pefts(family: str, option: str) -> None:
     program = surgery.parse(f"lora rank 3 alpha 5{WRITTEN[option]} on all linear")
     ours = surgery.apply(program, one.model)
     load_into(ours, peer.tensors)
-    assert distance(zoo.logits(ours, one.inputs), wanted) <= 1e-6
+    # PEFT's own rounding, in a random model that amplifies it, may be more than 1e-6: nobody can be closer than that.
+    rounding = distance(wanted, zoo.logits(copy.deepcopy(peer.model).double(), one.inputs))
+    assert distance(zoo.logits(ours, one.inputs), wanted) <= max(1e-6, 4 * rounding)
     assert distance(untouched, wanted) > 0.01, "adapters without an effect prove nothing"
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_float64_logits_equal_pefts(family: str, option: str) -> None:
+    """Sharper than transformers' own casts would allow: both sides round alike there."""
+    one = zoo.specimen(family, dtype=torch.float64)
+    peer = peft_lora(one.model, linear_maps(one.model), rank=3, alpha=5, **OPTIONS[option])
+    wanted = zoo.logits(peer.model, one.inputs)
+    ours = surgery.apply(surgery.parse(f"lora rank 3 alpha 5{WRITTEN[option]} on all linear"), one.model)
+    load_into(ours, peer.tensors)
+    assert distance(zoo.logits(ours, one.inputs), wanted) <= 1e-8
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_float64_logits_equal_pefts_on_the_reference_decoder(fused: bool, option: str) -> None:
-    model = reference_decoder(Shape(fused=fused, bias=True, width=36, ffn=51))
+    model = reference_decoder(Shape(fused=fused, bias=True, width=40, ffn=51))
     tokens = zoo.tokens(model.shape.vocabulary)
     untouched = zoo.logits(model, (tokens,))
     peer = peft_lora(model, linear_maps(model), rank=5, alpha=3, **OPTIONS[option])
@@ -52,7 +66,7 @@ def test_float64_logits_equal_pefts_on_the_reference_decoder(fused: bool, option
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_gradients_equal_pefts(option: str) -> None:
-    model = reference_decoder(Shape(bias=True, width=36, ffn=51))
+    model = reference_decoder(Shape(bias=True, width=40, ffn=51))
     tokens = zoo.tokens(model.shape.vocabulary)
     peer = peft_lora(model, linear_maps(model), rank=5, alpha=3, **OPTIONS[option])
     program = surgery.parse(f"lora rank 5 alpha 3{WRITTEN[option]} on all linear")

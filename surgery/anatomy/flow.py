@@ -58,7 +58,7 @@ class Flow:
         bits = {node: 1 << place for place, node in enumerate(self.trace.given)}
         for node in self.trace.nodes:
             indices = reads = 0
-            for source in node.all_input_nodes:
+            for source in self.trace.reads[node]:
                 indices |= self.indices[source]
                 reads |= self.reads[source]
             if node in bits:
@@ -112,7 +112,7 @@ class Flow:
         found, seen, waiting = [], set(), [softmax]
         while waiting:
             node = waiting.pop()
-            for source in node.all_input_nodes:
+            for source in self.trace.reads[node]:
                 if source in seen or not self.reads[source] or source in self.at:
                     continue
                 seen.add(source)
@@ -128,7 +128,7 @@ class Flow:
         found, seen, waiting = [], {softmax}, [softmax]
         while waiting:
             node = waiting.pop()
-            for user in node.users:
+            for user in self.trace.readers[node]:
                 if user in seen or user in self.at or user.op != "call_function":
                     continue
                 if operator_name(user) in MULTIPLIES:
@@ -149,19 +149,18 @@ class Flow:
                 if self.reads[node]:
                     stream.add(node)
                 continue
-            enters = places[node] is None and self.reads[node] and any(places[user] is not None for user in node.users)
+            enters = places[node] is None and self.reads[node] and any(places[user] is not None for user in self.trace.readers[node])
             given = node in self.trace.given and self.reads[node] != 0
-            if enters or given:
-                stream.add(node)
-            elif node not in self.boundaries and any(source in stream for source in node.all_input_nodes):
+            if enters or given or (node not in self.boundaries and any(source in stream for source in self.trace.reads[node])):
                 stream.add(node)
         return stream
 
-    def sources(self, node: fx.Node) -> tuple[list[Product], list[Call], bool]:
-        """What computes a node: products and attention calls behind it, and whether the residual stream is too."""
+    def sources(self, node: fx.Node, reader: fx.Node | None = None) -> tuple[list[Product], list[Call], bool]:
+        """What computes a node (as its reader finds it): products and calls behind it, and whether the stream is too."""
         products, calls, streams = [], [], False
         by_node = self.call_at
-        seen, waiting = {node}, [node]
+        waiting = [node, *(self.trace.writes.get((reader, node), ()) if reader is not None else ())]
+        seen = set(waiting)
         while waiting:
             here = waiting.pop()
             if here in self.stream:
@@ -173,7 +172,7 @@ class Flow:
             if here in self.at:
                 products.append(self.at[here])
                 continue
-            for source in here.all_input_nodes:
+            for source in self.trace.reads[here]:
                 if source not in seen and (self.reads[source] or not self.reads[node]):
                     seen.add(source)
                     waiting.append(source)

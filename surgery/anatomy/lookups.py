@@ -37,22 +37,23 @@ def lookup_role(roles: Roles, product: Product) -> str:
         return "embed" if flow.indices[product.input] else "lookup"
     if not torch.equal(before, after):
         return "embed"
-    counters = [node for node in ancestors(product.input) if node in flow.trace.weights]
+    counters = [node for node in ancestors(flow, product.input) if node in flow.trace.weights]
     if counters:
         # The values of a buffer are not known; one that counts is no longer than the table it indexes.
         longest = max(max(shape_of(node), default=0) for node in counters)
         return "position" if longest <= product.shape[0] else "lookup"
-    return "position" if before.numel() > 1 and int(before.min()) != int(before.max()) else "lookup"
+    # Positions differ along the sequence; the few kinds of a segment do not.
+    return "position" if before.dim() and len(before.unique()) >= max(before.shape[-1], 2) else "lookup"
 
 
-def ancestors(node: fx.Node) -> set[fx.Node]:
+def ancestors(flow: Flow, node: fx.Node) -> set[fx.Node]:
     found: set[fx.Node] = set()
     waiting = [node]
     while waiting:
         here = waiting.pop()
         if here not in found:
             found.add(here)
-            waiting.extend(here.all_input_nodes)
+            waiting.extend(flow.trace.reads[here])
     return found
 
 
@@ -117,7 +118,7 @@ def normalised(flow: Flow, node: fx.Node, module: str) -> bool:
         here = waiting.pop()
         if operator_name(here) in STATISTICS:
             return True
-        for source in here.all_input_nodes:
+        for source in flow.trace.reads[here]:
             if source not in seen and owner(source) == module and source not in flow.boundaries:
                 seen.add(source)
                 waiting.append(source)

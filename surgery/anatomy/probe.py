@@ -62,7 +62,8 @@ class Probe:
         Raises Unknown when some node cannot be evaluated.
         """
         targets = list(targets)
-        values: dict[fx.Node, Any] = dict(known)
+        # A copy: what is written into in place must not be a leaf, nor the caller's tensor.
+        values: dict[fx.Node, Any] = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in known.items()}
         stop = set(cuts) - set(known)
         needed: set[fx.Node] = set()
         waiting = [node for node in targets if node not in values]
@@ -72,7 +73,7 @@ class Probe:
                 continue
             needed.add(node)
             if node not in stop:
-                waiting.extend(node.all_input_nodes)
+                waiting.extend(self.trace.reads[node])
         for node in sorted(needed, key=lambda n: self.trace.order[n]):
             values[node] = self.random(node) if node in stop else self.value(node, values)
         return [values[node] for node in targets]

@@ -109,12 +109,15 @@ class Roles:
         """Which channels of which projections reach these operands, by gradient."""
         found: dict[Product, torch.Tensor] = {}
         for node in nodes:
-            products, _, _ = self.flow.sources(node)
+            readers = [reader for reader in (call.node, *call.scores) if node in reader.all_input_nodes]
+            reader = readers[0] if readers else call.node
+            products, _, _ = self.flow.sources(node, reader)
+            written = self.flow.trace.writes.get((reader, node), [])
             products = [p for p in products if p.kind == "projection"]
             try:
                 known = {p.node: self.probe.random(p.node).requires_grad_() for p in products}
-                values = self.probe.run([node], known, self.flow.boundaries | (self.flow.stream - {node}))
-                grads = gradients(values, list(known.values()))
+                values = self.probe.run([*written, node], known, self.flow.boundaries | (self.flow.stream - {node}))
+                grads = gradients(values[-1:], list(known.values()))
             except Unknown:
                 if len(products) == 1:
                     found[products[0]] = torch.ones(products[0].width, dtype=torch.bool)
@@ -188,7 +191,7 @@ class Roles:
         for product in self.flow.products:
             if product.kind != "projection" or self.roles_of(product):
                 continue
-            _, calls, _ = self.flow.sources(product.input)
+            _, calls, _ = self.flow.sources(product.input, product.node)
             for call in calls:
                 prefix = roles[call].role
                 # In a layer with both, what reads the two together is the output of self-attention.
@@ -202,7 +205,7 @@ class Roles:
                 continue
             seen, waiting = {product.node}, [product.node]
             while waiting:
-                for user in waiting.pop().users:
+                for user in self.flow.trace.readers[waiting.pop()]:
                     if user in seen or user in self.flow.boundaries or user in self.flow.stream:
                         continue
                     seen.add(user)
@@ -246,7 +249,7 @@ class Roles:
                 continue
             if not self.enters_stream(down):
                 continue
-            products, calls, _ = flow.sources(down.input)
+            products, calls, _ = flow.sources(down.input, down.node)
             ups = [
                 p
                 for p in products
@@ -262,7 +265,7 @@ class Roles:
     def enters_stream(self, product: Product) -> bool:
         seen, waiting = {product.node}, [product.node]
         while waiting:
-            for user in waiting.pop().users:
+            for user in self.flow.trace.readers[waiting.pop()]:
                 if user in self.flow.stream or user.op == "output":
                     return True
                 if user not in seen and user not in self.flow.boundaries:
@@ -306,6 +309,7 @@ class Stretch:
     def __init__(self, roles: Roles, down: Product, ups: list[Product]) -> None:
         self.flow, self.probe, self.down, self.ups = roles.flow, roles.probe, down, ups
         self.cuts = self.flow.boundaries | (self.flow.stream - {down.input})
+        self.written = self.flow.trace.writes.get((down.node, down.input), [])
         self.base = {up.node: self.probe.random(up.node) for up in ups}
         self.nodes = self.between()
         self.norms: dict[fx.Node, torch.Tensor] = {}
@@ -316,17 +320,17 @@ class Stretch:
 
     def between(self) -> list[fx.Node]:
         inside: set[fx.Node] = set()
-        waiting = [self.down.input]
+        waiting = [self.down.input, *self.written]
         while waiting:
             node = waiting.pop()
             if node in inside or node in self.base or node in self.cuts:
                 continue
             inside.add(node)
-            waiting.extend(source for source in node.all_input_nodes if self.flow.reads[source])
+            waiting.extend(source for source in self.flow.trace.reads[node] if self.flow.reads[source])
         return sorted(inside, key=lambda n: self.flow.trace.order[n])
 
     def run(self, at: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
-        (value,) = self.probe.run([self.down.input], {**at, **self.norms}, self.cuts)
+        value = self.probe.run([*self.written, self.down.input], {**at, **self.norms}, self.cuts)[-1]
         if not isinstance(value, torch.Tensor):
             raise Unknown(self.down.node.name)
         return value
@@ -337,7 +341,7 @@ class Stretch:
     def mixes_tokens(self) -> bool:
         """Whether one row of the result depends on more than one token of some source."""
         live = {node: value.clone().requires_grad_() for node, value in self.base.items()}
-        (value,) = self.probe.run([self.down.input], live, self.cuts)
+        value = self.probe.run([*self.written, self.down.input], live, self.cuts)[-1]
         channel = self.down.channel_dimension
         rows = value.movedim(channel, -1).reshape(-1, value.shape[channel])
         for row in (rows[-1], rows[0]):

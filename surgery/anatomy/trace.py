@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.anatomy.failure import failure
+from surgery.anatomy.mutation import dependencies
 from surgery.anatomy.shadow import Shadow, shadow
 
 CALL = re.compile(r"@\d+")
@@ -31,6 +32,8 @@ class Trace:
 
     weights: placeholder node -> name of the parameter or buffer in the shadow (one name of several where tied).
     given: placeholder node -> the example tensor it stands for.
+    reads, readers: what each node depends on and what depends on it, writes into memory included.
+    writes: (node, operand) -> what wrote into the operand's memory before the node reads it.
     """
 
     nodes: list[fx.Node]
@@ -41,9 +44,17 @@ class Trace:
     outputs: list[fx.Node]
     root: nn.Module
     order: dict[fx.Node, int] = field(default_factory=dict)
+    reads: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    readers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    writes: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.order = {node: place for place, node in enumerate(self.nodes)}
+        self.reads, self.writes = dependencies(self.nodes)
+        self.readers = {node: [] for node in self.nodes}
+        for node, sources in self.reads.items():
+            for source in sources:
+                self.readers[source].append(node)
 
 
 def trace(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Trace:
@@ -73,7 +84,8 @@ def attempt(double: Shadow, arguments: tuple[Any, ...], keywords: dict[str, Any]
         double.module, pytree.tree_map(on_meta, arguments), pytree.tree_map(on_meta, keywords), strict=False
     )
     signature = program.graph_signature
-    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    named.update(signature.inputs_to_lifted_tensor_constants)
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     tensors = iter(pytree.tree_leaves((arguments, keywords)))
     given = {}

@@ -1,0 +1,130 @@
+"""Adapters by name, the base to the bit, and what a merge gives back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import surgery
+from surgery.errors import GraphError
+from surgery.graph.module import Rewritten
+from tests import zoo
+
+FAMILIES = ("llama", "qwen2", "gemma", "phi3", "gpt2", "gpt_neox", "opt", "bert", "t5")
+
+
+def trained(family: str, program: str, **changes: Any) -> Any:
+    model = surgery.apply(surgery.parse(program), zoo.tiny(family, **changes))
+    generator = torch.Generator().manual_seed(5)
+    for parameter in surgery.parameters(model).values():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return model
+
+
+def test_names_choose_adapters() -> None:
+    """off_means_off: one adapter at a time, several, none; unknown names are refused."""
+    model = trained("llama", "lora rank 2 on attn.q as one\nlora rank 3 on attn.q,v as two")
+    fed = zoo.inputs(model)
+    both = zoo.logits(model, fed)
+    surgery.activate(model, "one")
+    first = zoo.logits(model, fed)
+    surgery.activate(model, "two")
+    second = zoo.logits(model, fed)
+    surgery.activate(model, "one", "two")
+    assert torch.equal(zoo.logits(model, fed), both)
+    assert len({float(each.sum()) for each in (both, first, second)}) == 3
+    with surgery.disabled(model):
+        assert torch.equal(zoo.logits(model, fed), zoo.logits(zoo.tiny("llama"), fed))
+    assert torch.equal(zoo.logits(model, fed), both)
+    with pytest.raises(GraphError, match="has: one, two"):
+        surgery.activate(model, "three")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_models_are_plain(family: str) -> None:
+    """merges: same logits within rounding, and nothing of ours left in the model."""
+    model = trained(family, "lora rank 2 on all linear + embed")
+    fed = zoo.inputs(model)
+    wanted, classes = zoo.logits(model, fed), {type(m) for m in zoo.tiny(family).modules()}
+    assert surgery.merge(model) is model
+    found = zoo.logits(model, fed)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (wanted - zoo.logits(zoo.tiny(family), fed)).abs().max() > 1e-3
+    assert {type(m) for m in model.modules()} <= {*classes, nn.Embedding, nn.Linear}
+    with pytest.raises(GraphError, match="not transformed"):
+        surgery.merge(model)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma", "gpt2"])
+def test_tied_tensors_are_untied_by_a_merge(family: str) -> None:
+    """frame: merging into a tied head leaves the embedding as it was, and the config says that they differ now."""
+    changes = {"tie_word_embeddings": True}
+    model = trained(family, "lora rank 2 on head", **changes)
+    before = model.get_input_embeddings().weight.detach().clone()
+    fed = zoo.inputs(model)
+    wanted = zoo.logits(model, fed)
+    surgery.merge(model)
+    assert torch.equal(model.get_input_embeddings().weight, before)
+    assert not torch.equal(model.get_output_embeddings().weight, before)
+    assert model.config.tie_word_embeddings is False
+    assert (zoo.logits(model, fed) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_a_merge_of_one_tied_place_keeps_the_other_ties() -> None:
+    """frame: what is not touched stays tied."""
+    model = trained("qwen2", "lora rank 2 on attn.q", tie_word_embeddings=True)
+    surgery.merge(model)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model.config.tie_word_embeddings is True
+
+
+def test_sixteen_bit_merges_round_once() -> None:
+    """merges: a delta far below one rounding step of most weights still moves the ones it should (sums are float32)."""
+    model = zoo.tiny("llama", dtype=torch.bfloat16)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    surgery.apply(surgery.parse("lora rank 2 on ffn.down"), model)
+    added = surgery.parameters(model)
+    assert {parameter.dtype for parameter in added.values()} == {torch.float32}
+    for name, parameter in added.items():
+        parameter.data.normal_(
+            std=0.01 if name.endswith("B") else 0.3, generator=torch.Generator().manual_seed(len(name))
+        )
+    deltas = {
+        name[: -len("lora_A")] + "weight": added[name[: -len("A")] + "B"].detach() @ tensor.detach()
+        for name, tensor in added.items()
+        if name.endswith("lora_A")
+    }
+    surgery.merge(model)
+    for name, delta in deltas.items():
+        wanted = (base[name].float() + delta).to(torch.bfloat16)
+        assert torch.equal(model.get_parameter(name), wanted)
+        assert not torch.equal(wanted, base[name])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "gpt_neox"])
+def test_rows_of_k_keep_their_bits_through_a_merge(family: str) -> None:
+    """frame: `lora on attn.q,v` on a fused projection never touches k."""
+    anatomy = surgery.study(zoo.tiny(family))
+    keys = [part for part in anatomy.parts if part.role == "attn.k"]
+    model = surgery.merge(trained(family, "lora rank 2 on attn.q,v"))
+    base = zoo.tiny(family)
+    assert len(keys) == 3
+    for part in keys:
+        assert part.channels is not None
+        rows = torch.cat([torch.arange(*run) for run in part.channels])
+        after, before = (m.get_submodule(part.path).weight.detach() for m in (model, base))
+        after, before = (after.t(), before.t()) if part.transposed else (after, before)
+        assert torch.equal(after[rows], before[rows])
+        assert not torch.equal(after, before)
+
+
+def test_parameters_are_what_was_added() -> None:
+    """frame: only the program's own tensors want gradients, and they get some."""
+    model = trained("t5", "lora rank 2 on attn.q + cross.v")
+    model(**zoo.inputs(model)).logits.square().mean().backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert with_gradient == set(surgery.parameters(model))
+    assert len(with_gradient) == 2 * sum(isinstance(m, Rewritten) for m in model.modules())

@@ -38,6 +38,7 @@ class Part:
     channels: output channels of a fused projection that play this role, as (start, stop) runs; None is all of them.
     stack, layer: where it stands; None outside every stack.
     tied: paths of other modules that use the same weight tensor.
+    given: of an attention in plain torch, the arguments that the model passes and that have a default.
     """
 
     role: str
@@ -52,6 +53,7 @@ class Part:
     layer: int | None = None
     heads: Heads | None = None
     tied: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -75,7 +77,7 @@ class Part:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Part:
         fields = dict(data)
-        for key in ("shape", "tied"):
+        for key in ("shape", "tied", "given"):
             if key in fields:
                 fields[key] = tuple(fields[key])
         if "channels" in fields:

@@ -77,7 +77,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """A plan that was written down, for `perform` to repeat. Raises ProgramError when its statements do not parse."""
+        """A plan that was written down, for `perform` to repeat. ProgramError when its statements do not parse."""
         from surgery.compiler.cost import Cost
         from surgery.language import parse
 
@@ -107,6 +107,7 @@ def plan(
     from surgery.compiler.cost import measure
     from surgery.compiler.record import record_of
     from surgery.compiler.warnings import warnings
+    from surgery.graph.attention_calls import observed
 
     if record_of(model) is not None:
         raise PlanError.of(
@@ -114,7 +115,7 @@ def plan(
             "the model has been transformed already",
             help="put all statements into one program, or merge the model first with `surgery.merge(model)`",
         )
-    anatomy = anatomy or study(model, example_inputs)
+    anatomy = observed(anatomy or study(model, example_inputs), model, example_inputs)
     if tokenizer is not None:
         read = (replace(each, operation=each.operation.read(tokenizer)) for each in program.statements)
         program = replace(program, statements=tuple(read))

@@ -46,7 +46,6 @@ class AttentionDraft:
         part: Part,
         hollow: bool = False,
         pool: Pool | None = None,
-        given: frozenset[str] | None = None,
     ) -> None:
         self.part, self.path, self.hollow = part, part.path, hollow
         self.pool: Pool = {} if pool is None else pool
@@ -67,7 +66,7 @@ class AttentionDraft:
         else:
             self.original = module
             self._hold(module)
-            self.graph = attention_trace.trace(module, part.path, given)
+            self.graph = attention_trace.trace(module, part.path, frozenset(part.given))
             for name, mode in self.graph.modes.items():  # type: ignore[attr-defined]
                 self.root.add_module(name, mode)
             self._mark(attention_trace.landmarks(self.graph, module, part.path))

@@ -21,6 +21,7 @@ from surgery.graph.attention_math import absent, attend
 
 PRODUCTS: set[Any] = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__"}
 SOFTMAX: set[Any] = {F.softmax, torch.softmax, "softmax"}
+CONSTANTS = (bool, int, float, str)
 MAKERS = ("arange", "ones", "zeros", "full", "empty", "eye")
 
 
@@ -47,10 +48,10 @@ def _pieces(node: fx.Node) -> int | None:
     return None
 
 
-def trace(module: nn.Module, path: str, given: frozenset[str] | None = None) -> fx.Graph:
+def trace(module: nn.Module, path: str, given: frozenset[str] = frozenset()) -> fx.Graph:
     """The graph of a module's forward, which follows the module's mode where dropout depends on it.
 
-    given: names of the arguments that the model passes; of others, those with the default None are taken to stay None.
+    given: names of the arguments that the model passes; others stay at their defaults, and say so when they do not.
     Raises GraphError S341 naming the module and the line where tracing stopped.
     """
     was = module.training
@@ -65,16 +66,17 @@ def trace(module: nn.Module, path: str, given: frozenset[str] | None = None) -> 
     return graph
 
 
-def _trace(module: nn.Module, path: str, given: frozenset[str] | None) -> fx.Graph:
-    signature = inspect.signature(module.forward)
-    constant = {
-        name: None
-        for name, parameter in signature.parameters.items()
-        if parameter.default is None and (given is None or name not in given)
-    }
+def _trace(module: nn.Module, path: str, given: frozenset[str]) -> fx.Graph:
+    parameters = inspect.signature(module.forward).parameters
+    defaults = {name: each.default for name, each in parameters.items() if name not in given}
+    constant = {name: value for name, value in defaults.items() if value is None or isinstance(value, CONSTANTS)}
     try:
         with _makers_traced():
-            return _Tracer().trace(module, constant)
+            graph = _Tracer().trace(module, constant)
+        for node in graph.find_nodes(op="placeholder"):
+            name = str(node.target).removesuffix("_1")  # fx renames what it takes for constant
+            node.target = name if name in constant else node.target
+        return graph
     except Exception as error:
         line = _line(module, error)
         raise GraphError.of(

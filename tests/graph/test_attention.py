@@ -283,3 +283,48 @@ def test_unknown_number_of_heads() -> None:
     part = Part("attn", "attention", "model.layers.0.self_attn")
     with pytest.raises(SurgeryError, match="S345"):
         AttentionSite(AttentionDraft(module, part), part, "prefix 4", None, "prefix")
+
+
+class Masked(Plain):
+    """Optional arguments that the model passes (a mask), and that it leaves alone."""
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
+    ) -> Tensor:  # type: ignore[override]
+        batch, length, width = x.size()
+        q, k, v = (each.view(batch, length, 2, 4).transpose(1, 2) for each in self.qkv(x).chunk(3, dim=2))
+        if causal:
+            assert mask is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+        return out.transpose(1, 2).reshape(batch, length, width)
+
+
+class Passing(nn.Module):
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.masked, self.place = masked, nn.Embedding(20, 8)
+        self.layers = nn.ModuleList(Masked() for _ in range(2))
+        self.outs = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril() if self.masked else None
+        x = x + self.place(torch.arange(x.shape[1], device=x.device))
+        for layer, out in zip(self.layers, self.outs, strict=True):
+            x = x + out(layer(x, mask=mask))
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_optional_arguments_are_as_the_model_passes_them(masked: bool) -> None:
+    """`if mask is not None` is decided when tracing, so what the model passes is looked at first."""
+    model, x = Passing(masked).eval(), torch.randn(2, 5, 8)
+    before = model(x)
+    surgery.apply(surgery.parse("prefix 3"), model, example_inputs=(x,))
+    after = model(x)
+    assert not torch.allclose(after, before, atol=1e-3)
+    with surgery.disabled(model):
+        assert torch.equal(model(x), before)
+    changed = x.clone()
+    changed[:, -1] += 1
+    assert torch.allclose(model(changed)[:, 0], after[:, 0], atol=1e-6) == masked  # the mask still hides what is later

@@ -16,7 +16,7 @@ from surgery.anatomy.parts import Heads, Part
 from surgery.errors import GraphError, SurgeryError
 from surgery.graph.attention import AttentionDraft, AttentionSite
 from surgery.graph.attention_math import prefixed_mask
-from tests import zoo
+from tests import studied, zoo
 
 HEADS = Heads(query=2, key_value=2, key_width=4, value_width=4)
 
@@ -226,7 +226,7 @@ def test_copies_are_independent(name: str, program: str) -> None:
     """Promise: copy.deepcopy gives a model of its own: same outputs, own tensors, own switch."""
     specimen = zoo.specimen(name)
     base = specimen.logits()
-    model = surgery.apply(surgery.parse(program), specimen.model, example_inputs=specimen.example)
+    model = studied.apply(program, name, specimen.model)
     for parameter in surgery.parameters(model).values():
         parameter.add_(0.3)
     copied = copy.deepcopy(model)
@@ -242,12 +242,20 @@ def test_copies_are_independent(name: str, program: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("program", ["prefix 4", "prefix 4 gated", "prefix 4 via mlp 8"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "byhand"])
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [
+        ("llama", "prefix 4"),
+        ("byhand", "prefix 4 gated"),
+        pytest.param("llama", "prefix 4 gated", marks=pytest.mark.slow),
+        pytest.param("gpt2", "prefix 4 via mlp 8", marks=pytest.mark.slow),
+        pytest.param("byhand", "prefix 4", marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_in_one_graph(name: str, program: str) -> None:
     """Promise: torch.compile(fullgraph=True) works, with the prefix on and off."""
     specimen = zoo.specimen(name)
-    model = surgery.apply(surgery.parse(program), specimen.model, example_inputs=specimen.example)
+    model = studied.apply(program, name, specimen.model)
     for state in (frozenset[str | None](), frozenset({None})):
         with surgery.graph.module.switched(model, state):
             torch._dynamo.reset()
@@ -268,7 +276,7 @@ def test_causal_models_stay_causal_and_rows_independent() -> None:
     """Promise: a later token changes no earlier logit, and one row of a batch no other."""
     for name in ("llama", "gpt2", "nano", "byhand"):
         specimen = zoo.specimen(name)
-        surgery.apply(surgery.parse("prefix 4"), specimen.model, example_inputs=specimen.example)
+        studied.apply("prefix 4", name, specimen.model)
         before = specimen.logits()
         ids = specimen.inputs[0] if isinstance(specimen.inputs, tuple) else specimen.inputs["input_ids"]
         ids[0, -1] += 1

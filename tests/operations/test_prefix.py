@@ -11,7 +11,7 @@ from torch import Tensor
 
 import surgery
 from surgery.errors import SurgeryError
-from tests import zoo
+from tests import studied, zoo
 from tests.reference_decoder import Shape, reference_decoder
 
 TEXT = "w5 w9 w33 w12 w17"
@@ -71,7 +71,7 @@ def test_text_as_prefix_is_text_as_prompt_in_transformers(family: str, implement
     x = zoo.tokens(50, 2, 7)
     plain = model(input_ids=x).logits
     prompted = model(input_ids=torch.cat((IDS.expand(2, -1), x), 1)).logits[:, IDS.shape[1] :]
-    got = transformed(BY_TEXT, model)(input_ids=x).logits
+    got = studied.apply(BY_TEXT, family, model, ids_of)(input_ids=x).logits
     assert (got - prompted).abs().max() < 1e-5 * prompted.abs().max()
     assert (plain - prompted).abs().max() > 1e-2 * prompted.abs().max()
 
@@ -97,7 +97,7 @@ def test_generate_token_for_token(family: str, how: str) -> None:
     mask[2, :1] = 0
     x = x * mask
     length, kind = {"max_new_tokens": 6, "do_sample": False}, GENERATIONS[how]
-    got = transformed(BY_TEXT, model).generate(x, attention_mask=mask, **length, **kind)[:, 7:]
+    got = studied.apply(BY_TEXT, family, model, ids_of).generate(x, attention_mask=mask, **length, **kind)[:, 7:]
     beams = {"num_beams": kind.get("num_beams", 1)}
     for row, seen, tokens in zip(x, mask.bool(), got, strict=True):
         prompt = torch.cat((IDS[0], row[seen]))[None]
@@ -142,7 +142,7 @@ def test_gated_is_nothing_at_first_and_something_later(name: str) -> None:
     """Promise: identity at the start, to the bit; and the gate opens."""
     specimen = zoo.specimen(name)
     before = specimen.logits()
-    model = surgery.apply(surgery.parse("prefix 6 gated"), specimen.model, example_inputs=specimen.example)
+    model = studied.apply("prefix 6 gated", name, specimen.model)
     assert torch.equal(specimen.logits(), before)
     for path, parameter in surgery.parameters(model).items():
         if path.endswith("prefix_gate"):
@@ -157,7 +157,7 @@ def test_off_means_off(name: str, program: str) -> None:
     """Promise: switched off, the base comes back to the bit, positions included; and the prefix, switched on again."""
     specimen = zoo.specimen(name)
     before = specimen.logits()
-    model = surgery.apply(surgery.parse(program), specimen.model, example_inputs=specimen.example, tokenizer=ids_of)
+    model = studied.apply(program, name, specimen.model, ids_of)
     on = specimen.logits()
     assert torch.equal(on, before) == ("gated" in program)
     with surgery.disabled(model):
@@ -170,7 +170,7 @@ def test_off_means_off(name: str, program: str) -> None:
 def test_network_becomes_plain_keys_and_values(name: str) -> None:
     """Promise: a merge folds `via mlp`; the result is the same to the bit, and the network is gone."""
     specimen = zoo.specimen(name)
-    model = surgery.apply(surgery.parse("prefix 4 via mlp 8"), specimen.model, example_inputs=specimen.example)
+    model = studied.apply("prefix 4 via mlp 8", name, specimen.model)
     for parameter in surgery.parameters(model).values():
         parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(parameter.dtype))
     before = specimen.logits()
@@ -187,7 +187,7 @@ def test_network_becomes_plain_keys_and_values(name: str) -> None:
 def test_only_the_prefix_is_trained(name: str, program: str) -> None:
     """Promise: gradients reach what was added, all of it once the gate is open, and nothing else."""
     specimen = zoo.specimen(name)
-    model = surgery.apply(surgery.parse(program), specimen.model, example_inputs=specimen.example)
+    model = studied.apply(program, name, specimen.model)
     added = surgery.parameters(model)
     for path, parameter in added.items():
         if path.endswith("prefix_gate"):
@@ -205,7 +205,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(program: str) -> None:
     x = zoo.tokens(50, 2, 7)
     gradients = []
     for checkpointing in (False, True):
-        model = transformed(program, zoo.tiny("llama")).train()
+        model = studied.apply(program, "llama", zoo.tiny("llama")).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model(input_ids=x, labels=x, use_cache=False).loss.backward()
@@ -225,7 +225,7 @@ def test_same_prefix_as_peft(family: str) -> None:
         num_virtual_tokens=6, task_type="CAUSAL_LM" if family == "llama" else "FEATURE_EXTRACTION"
     )
     theirs = peft.get_peft_model(base, config).eval()
-    ours = surgery.apply(surgery.parse("prefix 6"), model)
+    ours = studied.apply("prefix 6", family, model)
     sites = [m.surgery_attention for m in ours.modules() if hasattr(m, "surgery_attention")]
     heads, _, width = sites[0].prefix_key.shape
     table = theirs.prompt_encoder["default"].embedding.weight.view(6, 2 * len(sites), heads, width)
@@ -245,7 +245,7 @@ def test_every_dtype(dtype: torch.dtype, implementation: str) -> None:
     model = zoo.tiny("llama", dtype=dtype, attn_implementation=implementation)
     x = zoo.tokens(50, 2, 7)
     prompted = model(input_ids=torch.cat((IDS.expand(2, -1), x), 1)).logits[:, IDS.shape[1] :]
-    model = transformed(BY_TEXT, model)
+    model = studied.apply(BY_TEXT, "llama", model, ids_of)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert {parameter.dtype for parameter in surgery.parameters(model).values()} == {wide}
     got = model(input_ids=x).logits
@@ -255,7 +255,7 @@ def test_every_dtype(dtype: torch.dtype, implementation: str) -> None:
 
 def test_autocast() -> None:
     """Promise: a float32 model with a prefix trains under autocast."""
-    model, x = transformed("prefix 5", zoo.tiny("llama")), zoo.tokens(50, 2, 7)
+    model, x = studied.apply("prefix 5", "llama", zoo.tiny("llama")), zoo.tokens(50, 2, 7)
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=x, labels=x).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in surgery.parameters(model).values())
@@ -265,11 +265,11 @@ def test_autocast() -> None:
 def test_two_prefixes_by_name() -> None:
     """Promise: each name is switched alone, and with both on the tokens stand behind both."""
     x = zoo.tokens(50, 2, 7)
-    both = transformed("prefix 4 as a\nprefix 3 as b", zoo.tiny("gpt2"))
+    both = studied.apply("prefix 4 as a\nprefix 3 as b", "gpt2", zoo.tiny("gpt2"))
     together = both(input_ids=x).logits
     for name, program in {"a": "prefix 4 as a", "b": "prefix 3 as b"}.items():
         surgery.activate(both, name)
-        alone = transformed(program, zoo.tiny("gpt2"))
+        alone = studied.apply(program, "gpt2", zoo.tiny("gpt2"))
         assert torch.equal(both(input_ids=x).logits, alone(input_ids=x).logits)
         assert not torch.equal(both(input_ids=x).logits, together)
     surgery.activate(both)
@@ -283,10 +283,8 @@ def test_beside_other_methods() -> None:
         specimen = zoo.specimen(name)
         program = "prefix 4\nlora rank 2 on attn.q,v\nprune magnitude 50% on ffn\nquantize ffn nf4"
         base = zoo.specimen(name)
-        surgery.apply(
-            surgery.parse("prune magnitude 50% on ffn\nquantize ffn nf4"), base.model, example_inputs=base.example
-        )
-        model = surgery.apply(surgery.parse(program), specimen.model, example_inputs=specimen.example)
+        studied.apply("prune magnitude 50% on ffn\nquantize ffn nf4", name, base.model)
+        model = studied.apply(program, name, specimen.model)
         with surgery.disabled(model):
             assert torch.equal(specimen.logits(), base.logits())
         copied = copy.deepcopy(model)

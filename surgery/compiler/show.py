@@ -89,7 +89,8 @@ def _totals(totals: Mapping[str, Any]) -> list[str]:
     after, before = totals["bytes_after"], totals["bytes_before"]
     ratio = f" ({after / before - 1:+.1%})" if before else ""
     return [
-        f"  Trainable  {totals['trainable']:,} of {totals['parameters'] + totals['trainable']:,} parameters ({share:.3%})",
+        f"  Trainable  {totals['trainable']:,} of {totals['parameters'] + totals['trainable']:,} parameters "
+        f"({share:.3%})",
         f"  Memory     {size(before)} -> {size(after)}{ratio}",
     ]
 

@@ -1,4 +1,4 @@
-"""What a module computes, as a small graph: `linear(x, weight, bias)` or `embedding(ids, weight)` with its tensors by name.
+"""What a module computes, as a small graph: `linear(x, weight, bias)` or `embedding(ids, weight)`, tensors by name.
 
 Plain maps are written down directly. Anything with a forward of its own is traced, so that what it really computes is
 what is rewritten and merged, and refused where it cannot be traced.

@@ -52,7 +52,8 @@ def dequantize_4bit(
 ) -> Tensor:
     """The (out, in) weight of bitsandbytes' packed 4-bit codes, in `dtype` (through float32 where that is float64).
 
-    Needs `register` to have run. Only reads `packed`: bitsandbytes' own linear layer may repack it in place on some processors.
+    Needs `register` to have run. Only reads `packed`, which bitsandbytes' own linear layer may repack in place on some
+    processors.
     """
     if nested_absmax is not None and nested_map is not None and offset is not None:
         absmax = torch.ops.bitsandbytes.dequantize_blockwise(
@@ -70,7 +71,7 @@ def quantized_linear(x: Any, bias: Tensor | None, compute: torch.dtype | None, *
     """dequantize_4bit(*state) x + bias; the backward pass dequantizes again instead of keeping the wide weight."""
     if not isinstance(x, Tensor) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _wide_linear(x, bias, compute, state)
-    return QuantizedLinear.apply(x, bias, compute, *state)
+    return QuantizedLinear.apply(x, bias, compute, *state)  # type: ignore[no-untyped-call]
 
 
 def _wide_linear(x: Any, bias: Tensor | None, compute: torch.dtype | None, state: tuple[Any, ...]) -> Any:

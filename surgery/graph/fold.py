@@ -10,7 +10,7 @@ from surgery.graph.module import Facts, Rewritten
 
 
 def affine(site: Rewritten) -> Affine:
-    """What a site computes in evaluation, as a matrix and an offset. Raises NotAffine with the reason when it cannot."""
+    """What a site computes in evaluation, as a matrix and an offset. NotAffine tells the reason when it cannot."""
     facts = site.facts
     if facts is None:
         raise NotAffine("it is not a linear map or a lookup")

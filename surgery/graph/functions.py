@@ -66,7 +66,7 @@ def low_rank_linear(x: Any, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
         return add_branch(F.linear(x, weight, bias), low_rank(x, a, b, scale))
     if not torch.is_grad_enabled():
         return _forward(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scale)[0].view(*x.shape[:-1], weight.shape[0])
-    return LowRankLinear.apply(x, weight, bias, a, b, scale)
+    return LowRankLinear.apply(x, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
 
 
 def _forward(

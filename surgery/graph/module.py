@@ -45,7 +45,7 @@ class Facts:
 class Rewritten(fx.GraphModule):
     """What stands in a model where a site was rewritten.
 
-    full: the graph with every branch; the graph that runs is `full` without the branches that are switched off, lowered.
+    full: the graph with every branch; the one that runs is `full` without the branches that are switched off, lowered.
     original: what stood here, to be put back by a merge. It shares its tensors with this module until then.
     added: names of the tensors that the program put beside the base's own.
     off: names of the branches that are switched off; None in it means all.

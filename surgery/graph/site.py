@@ -309,7 +309,7 @@ class Site:
         self._rewire(old, new)
 
     def replace_weight(self, new: fx.Node, dtype: torch.dtype) -> None:
-        """Let the product read another node as its (out, in) weight. dtype: what the base computes with from here on."""
+        """Let the product read another node as its (out, in) weight. dtype: what the base computes with now."""
         captured = self.draft.captured
         old = captured.weight
         new.meta["dtype"] = dtype
@@ -338,7 +338,7 @@ class Site:
         self._base = None
 
     def zero_out(self, mask: Tensor) -> None:
-        """Zero the stored weight where the mask is False, once every statement has succeeded and if it is still there."""
+        """Zero the stored weight where the mask is False, once every statement has succeeded."""
 
         def zero() -> None:
             weight = self.draft.tensor(self.part.parameter)
@@ -355,7 +355,7 @@ class Site:
             return self._ours(self._unchecked(name))
 
     def subtract_from_weight(self, rows: Tensor) -> None:
-        """Change the base: its weight less `rows` (out of this part, in). For inits that start from the weight itself."""
+        """Change the base: its weight less `rows` (out of this part, in), for inits that start from the weight."""
         stored = self.draft.tensor(self.part.parameter)
         changed = stored.detach().clone()
         kept = self.rows_of(changed.t() if self.part.transposed else changed)
@@ -376,10 +376,11 @@ class Site:
         return node
 
     def _get(self, full: str) -> fx.Node:
-        for node in self.draft.graph.nodes:
+        nodes: list[fx.Node] = list(self.draft.graph.nodes)
+        for node in nodes:
             if node.op == "get_attr" and node.target == full:
                 return node
-        first = next(iter(self.draft.graph.nodes))
+        first = nodes[0]
         with self.draft.graph.inserting_before(first):
             return self._ours(self._unchecked(full))
 

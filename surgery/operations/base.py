@@ -94,7 +94,7 @@ class Operation:
         return False
 
     def claims(self, name: str | None) -> tuple[str, ...]:
-        """What the statement takes for itself where it acts; two statements that claim the same there are a conflict."""
+        """What the statement takes for itself where it acts; two that claim the same there are a conflict."""
         return (f"{self.verb} {name or 'default'}",)
 
     def warnings(self, parts: Sequence[Part], anatomy: Anatomy, model: Any) -> Iterable[str]:

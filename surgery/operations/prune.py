@@ -23,7 +23,7 @@ class Prune(Operation):
     """Set a share of the weights to zero and keep the mask beside them.
 
     Exactly round(share * count) weights go, of each matrix or, with `global`, of all of them together; ties go by
-    position. `2:4` keeps two of every four neighbours along the input. Pruning more keeps none of what pruning less cut.
+    position. `2:4` keeps two of every four neighbours along the input. A larger share cuts all that a smaller one cuts.
     """
 
     verb: ClassVar[str] = "prune"

@@ -1,4 +1,4 @@
-"""4-bit storage of frozen weights: NF4 with double quantization (QLoRA, Dettmers et al. 2023) or FP4, by bitsandbytes."""
+"""4-bit storage of frozen weights: NF4, with double quantization (QLoRA, Dettmers et al. 2023), or FP4."""
 
 from __future__ import annotations
 

@@ -50,24 +50,24 @@ def test_the_whole_way(run: Run, tmp_path: Path) -> None:
 
 
 def test_broken_promise_is_exit_1(run: Run) -> None:
-    """Somebody wrote into a pruned matrix: verify says which promise, and the status is 1."""
+    """Somebody took weights out of a mask: verify names the promise, and the status is 1."""
     from safetensors.torch import load_file, save_file
 
-    assert run("apply", "-", "demo", "-o", "nothing").status == 2  # an empty program on stdin
-    Path("p").write_text("prune magnitude 50% on ffn in layers 0")
-    assert run("apply", "p", "demo", "-o", "out").status == 0
-    tensors = load_file("out/model.safetensors")
-    tensors["encoder.layer.0.output.dense.weight"].fill_(1.0)
-    save_file(tensors, "out/model.safetensors", {"format": "pt"})
-    manifest = json.loads(Path("out/surgery.json").read_text())
     from surgery.checkpoint.tensors import digest
 
-    entry = manifest["tensors"]["encoder.layer.0.output.dense.weight"]
-    entry["digest"] = digest(tensors["encoder.layer.0.output.dense.weight"])
+    Path("p").write_text("prune magnitude 50% on ffn in layers 0")
+    assert run("apply", "p", "demo", "-o", "out").status == 0
+    tensors = load_file("out/surgery.safetensors")
+    name = "encoder.layer.0.output.dense.weight_mask"
+    tensors[name].fill_(255)
+    save_file(tensors, "out/surgery.safetensors", {"format": "pt"})
+    manifest = json.loads(Path("out/surgery.json").read_text())
+    manifest["tensors"][name]["digest"] = digest(tensors[name])
     Path("out/surgery.json").write_text(json.dumps(manifest))
     outcome = run("verify", "out")
     assert outcome.status == 1
     assert re.search(r"exact_sparsity.*FAILS", outcome.out)
+    assert json.loads(Path("out/surgery.json").read_text())["promises"]["holds"] is False
 
 
 def test_plan_changes_nothing_and_speaks_json(run: Run) -> None:
@@ -116,7 +116,7 @@ def test_huge_config_plans_from_its_config_alone(run: Run) -> None:
 def test_plain_module_from_a_file(run: Run) -> None:
     """FILE.py:FUNCTION: planned, applied, verified and loaded again from the file it came from."""
     Path("plain.py").write_text(PLAIN)
-    Path("p").write_text("lora rank 2 on all linear")
+    Path("p").write_text("lora rank 2 on all linear + head")
     for model in ("plain.py:mlp", "plain:mlp"):
         out = f"out{len(model)}"
         assert run("plan", "p", model).status == 0

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from surgery.anatomy.parts import Part
 from surgery.compiler.plan import Step
+from surgery.graph.draft import Draft
 from surgery.graph.functions import unpack_bits
 from surgery.graph.module import Rewritten
-from surgery.graph.site import Draft, Site
+from surgery.graph.site import Site
 from surgery.verify.report import Finding
 from surgery.verify.subject import Subject
 
@@ -66,7 +67,11 @@ def _weight_and_mask(module: nn.Module, step: Step, part: Part) -> tuple[Tensor,
         return weight, weight != 0
     draft = Draft(module, part.path, part.parameter)
     site = Site(draft, part, str(step.statement), step.statement.name, step.operation.verb)
-    weight = site.evaluate(site.weight)
+    stored = draft.tensor(part.parameter).detach()
+    if stored.is_floating_point():  # as it lies there: evaluating the graph would multiply the mask in
+        weight = stored.t() if part.transposed else stored
+    else:
+        weight = site.evaluate(site.weight)
     bits = site.data("weight_mask")
     mask = unpack_bits(bits, weight.t().shape if part.transposed else weight.shape)
     mask = mask.t() if part.transposed else mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from surgery.anatomy.absent import layer_missing, no_match, nothing_left, role_missing, stack_missing
 from surgery.anatomy.parts import Anatomy, Kind, Part
@@ -60,11 +60,11 @@ class Chooser:
         for part in parts:
             key = (place(part), part.role)
             joined[key] = part if key not in joined else with_runs(part, merge(runs(joined[key]), runs(part)))
-        whole = {where: runs(part) for (where, role), part in joined.items() if role in ("linear", "experts")}
+        whole = {where: runs(part) for (where, role), part in joined.items() if role == "linear"}
         kept = [
             part
             for (where, role), part in joined.items()
-            if role in ("linear", "experts") or where not in whole or subtract(runs(part), whole[where])
+            if role == "linear" or where not in whole or subtract(runs(part), whole[where])
         ]
         return sorted(kept, key=lambda part: (self.order[place(part)], runs(part), part.role))
 
@@ -83,7 +83,7 @@ class Chooser:
     def is_head(self, part: Part) -> bool:
         return (part.path, part.parameter) in self.heads
 
-    @property
+    @cached_property
     def heads(self) -> set[tuple[str, str]]:
         return {(part.path, part.parameter) for part in self.anatomy.parts if part.role == "head"}
 
@@ -131,9 +131,7 @@ def place(part: Part) -> Place:
 
 def whole(part: Part) -> Part:
     """A matrix without its role; anything else as it is."""
-    if part.kind == "projection":
-        return part.whole()
-    return replace(part, role="experts", channels=None) if part.kind == "experts" else part
+    return part.whole() if part.kind in MATRICES else part
 
 
 def names_cross(selector: Selector) -> bool:
@@ -213,7 +211,7 @@ def common(parts: list[Part], scope: list[Part]) -> list[Part]:
         for other in beside.get(place(part), ()):
             shared = intersect(runs(part), runs(other))
             if shared:
-                told = other if part.role in ("linear", "experts") else part
+                told = other if part.role == "linear" else part
                 found.append(with_runs(told, shared))
     return found
 

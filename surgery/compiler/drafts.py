@@ -10,7 +10,8 @@ from torch import nn
 from surgery.anatomy.parts import Part
 from surgery.compiler.plan import Step
 from surgery.graph.attention import AttentionDraft, AttentionSite
-from surgery.graph.site import Draft, Site
+from surgery.graph.draft import Draft
+from surgery.graph.site import Site
 
 
 class Drafts:

@@ -1,15 +1,14 @@
 """Sites: one projection or lookup being rewritten, and the handful of edits that methods make on it.
 
-A `Draft` is the place: the module, its graph and its tensors, which several statements rewrite in turn. A `Site` is the
-draft as one statement sees one part of it: only the channels of that part, and names for its tensors that say whose
-they are. Nothing in the model changes until the compiler installs the drafts.
+A draft is the place, which several statements rewrite in turn. A `Site` is the draft as one statement sees one part of
+it: only the channels of that part, and names for its tensors that say whose they are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from surgery.anatomy.parts import Part
-from surgery.graph.capture import Captured, capture
+from surgery.graph.draft import Draft
 from surgery.graph.functions import add_branch, add_to_channels
-from surgery.graph.module import Facts, Rewritten, duplicate
 
 Init = Callable[[Tensor, torch.Generator], Any]
-LANDMARKS = ("input", "product", "weight", "stored")
 
 
 def zeros(tensor: Tensor, generator: torch.Generator) -> None:
@@ -33,105 +30,6 @@ def zeros(tensor: Tensor, generator: torch.Generator) -> None:
 def seed_of(*words: object) -> int:
     """A seed that depends on what a tensor is, not on when it is made."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, words)).encode()).digest()[:7], "big")
-
-
-class Draft:
-    """A module being rewritten: its graph with all branches, and every tensor it will hold.
-
-    hollow: new tensors are shapes on the meta device and nothing is computed (planning, loading).
-    slots: every place (parent, child name) where the module stands; shared modules stand in several.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        path: str,
-        parameter: str = "weight",
-        hollow: bool = False,
-        slots: Sequence[tuple[nn.Module, str]] = (),
-    ) -> None:
-        self.path, self.hollow, self.slots = path, hollow, slots
-        self.actions: list[Callable[[], Any]] = []
-        self.root = nn.Module()
-        if isinstance(module, Rewritten):
-            self.original, self.added, self.facts = module.original, list(module.added), module.facts
-            graph = duplicate(module.full)
-            nodes = {mark: node for node in graph.nodes for mark in node.meta.get("landmarks", ())}
-            (result,) = (n.args[0] for n in graph.nodes if n.op == "output")
-            self.captured = Captured(graph=graph, output=result, **nodes)
-        else:
-            self.original, self.added = module, []
-            self.captured = capture(module, path, parameter)
-            weight = module._parameters[parameter]
-            assert weight is not None
-            self.facts = Facts(
-                shape=(weight.shape[1], weight.shape[0]) if self.transposed else (weight.shape[0], weight.shape[1]),
-                dtype=weight.dtype,
-                lookup=self.captured.product.target is F.embedding,
-                transposed=self.transposed,
-                plain=self.captured.plain,
-            )
-        for store in ("_parameters", "_buffers", "_modules"):
-            self.root.__dict__[store] = dict(module.__dict__[store])
-        self.root._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
-        self.mark()
-
-    def mark(self) -> None:
-        """Write the landmarks into the nodes' meta, where a later program finds them."""
-        for node in self.captured.graph.nodes:
-            node.meta.pop("landmarks", None)
-        for name in LANDMARKS:
-            node = getattr(self.captured, name)
-            node.meta["landmarks"] = (*node.meta.get("landmarks", ()), name)  # one node may be several
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight is stored (in, out)."""
-        return self.captured.weight.target is torch.t
-
-    @property
-    def graph(self) -> fx.Graph:
-        return self.captured.graph
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor of the site by its name."""
-        value: Tensor = getattr(self.root, name)
-        return value
-
-    def at_the_end(self, action: Callable[[], Any]) -> None:
-        """Something that changes the model's own tensors: done when every draft has succeeded."""
-        self.actions.append(action)
-
-    def finish(self) -> Rewritten:
-        """The module to install."""
-        # fx cannot ask a graph that belongs to no module yet whether calling its children (dropout) has side effects.
-        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-        self.mark()
-        self.graph.lint()
-        return Rewritten.build(self.root, self.graph, self.original, tuple(self.added), self.facts)
-
-    def install(self, model: nn.Module) -> Rewritten:
-        """Put the finished module wherever the original stands."""
-        module = self.finish()
-        for action in self.actions:
-            action()
-        for parent, name in self.slots:
-            parent._modules[name] = module
-        for name, parameter in self.original._parameters.items():
-            if parameter is not None and self.root._parameters.get(name) is not parameter:
-                self.original._parameters[name] = None  # replaced: what stood there must not keep its memory
-        return module
-
-    def evaluate(self, node: fx.Node) -> Tensor:
-        """The value of a node that does not depend on the input."""
-        if node.op == "get_attr":
-            value = self.tensor(str(node.target)).detach()
-            return value.requires_grad_(value.is_floating_point())
-        # As tensors that want gradients: a mask is multiplied in for those, and the weight itself is zeroed at the end.
-        args = fx.map_arg(node.args, self.evaluate)
-        kwargs = fx.map_arg(node.kwargs, self.evaluate)
-        with torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator,no-any-return]
 
 
 class Site:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from surgery.anatomy.parts import Part
 from surgery.compiler.plan import Step
 from surgery.graph.affine import NotAffine
+from surgery.graph.codes import dequantize_4bit
+from surgery.graph.draft import Draft
 from surgery.graph.fold import fold
-from surgery.graph.functions import dequantize_4bit, linear_as
+from surgery.graph.functions import linear_as
 from surgery.graph.module import Rewritten, without
-from surgery.graph.site import Draft, Site
+from surgery.graph.site import Site
 from surgery.verify.bounds import coarsest, merge_bound, relative_error
 from surgery.verify.report import Finding
 from surgery.verify.subject import Place, Subject

@@ -109,7 +109,7 @@ def test_the_example_program_on_a_real_model(named: tuple[str, Any], tmp_path: P
 
 def dequantized(module: Any) -> Tensor:
     """The (out, in) weight that a rewritten place computes with."""
-    from surgery.graph.site import Draft
+    from surgery.graph.draft import Draft
 
     draft = Draft(module, "", "weight")
     return draft.evaluate(draft.captured.weight).detach()

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from surgery.anatomy.parts import Part
 from surgery.errors import GraphError
 from surgery.graph.capture import capture
+from surgery.graph.draft import Draft
 from surgery.graph.fold import fold
 from surgery.graph.module import Rewritten, added_parameters, switched
-from surgery.graph.site import Draft, Site
+from surgery.graph.site import Site
 from surgery.operations.lora import Lora
 from surgery.operations.prune import Prune
 from surgery.operations.quantize import Quantize

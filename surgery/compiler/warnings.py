@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def warnings(steps: Sequence[Step], anatomy: Anatomy, model: nn.Module) -> tuple[str, ...]:
     """One sentence each, in the order of the steps."""
-    found = [*_dense_again(steps), *_untied(steps)]
+    found = [*_dense_again(steps), *_untied(steps), *_without_experts(steps, anatomy)]
     for step in steps:
         found += step.operation.warnings(step.parts, anatomy, model)
     return tuple(dict.fromkeys(found))
@@ -36,6 +36,16 @@ def _dense_again(steps: Sequence[Step]) -> list[str]:
                     f"{'matrices' if len(places) > 1 else 'matrix'} dense again"
                 )
     return found
+
+
+def _without_experts(steps: Sequence[Step], anatomy: Anatomy) -> list[str]:
+    """Experts are stacked in tensors of three dimensions, which methods for matrices pass by."""
+    experts = [part for part in anatomy.parts if part.kind == "experts"]
+    return [
+        f"`{step.statement}` leaves the stacked weights of the experts as they are ({experts[0].path} and the like)"
+        for step in steps
+        if experts and "projection" in step.operation.acts_on and "experts" not in step.operation.acts_on
+    ]
 
 
 def _untied(steps: Sequence[Step]) -> list[str]:

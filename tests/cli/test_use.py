@@ -49,18 +49,23 @@ def test_the_whole_way(run: Run, tmp_path: Path) -> None:
         assert (layer.intermediate.dense.weight == 0).sum() * 2 >= layer.intermediate.dense.weight.numel()
 
 
-def test_broken_promise_is_exit_1(run: Run) -> None:
-    """Somebody took weights out of a mask: verify names the promise, and the status is 1."""
+@pytest.mark.parametrize(
+    ("file", "tensor", "value"),
+    [("surgery.safetensors", "weight_mask", 255), ("model.safetensors", "weight", 1)],
+    ids=["mask", "weight"],
+)
+def test_broken_promise_is_exit_1(file: str, tensor: str, value: int, run: Run) -> None:
+    """Somebody wrote into a mask, or into what it masks: verify names the promise, and the status is 1."""
     from safetensors.torch import load_file, save_file
 
     from surgery.checkpoint.tensors import digest
 
     Path("p").write_text("prune magnitude 50% on ffn in layers 0")
     assert run("apply", "p", "demo", "-o", "out").status == 0
-    tensors = load_file("out/surgery.safetensors")
-    name = "encoder.layer.0.output.dense.weight_mask"
-    tensors[name].fill_(255)
-    save_file(tensors, "out/surgery.safetensors", {"format": "pt"})
+    tensors = load_file(f"out/{file}")
+    name = f"encoder.layer.0.output.dense.{tensor}"
+    tensors[name].fill_(value)
+    save_file(tensors, f"out/{file}", {"format": "pt"})
     manifest = json.loads(Path("out/surgery.json").read_text())
     manifest["tensors"][name]["digest"] = digest(tensors[name])
     Path("out/surgery.json").write_text(json.dumps(manifest))

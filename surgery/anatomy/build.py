@@ -41,6 +41,7 @@ class Draft:
             seen.add((product.path, product.parameter))
             self.add(product.node, described(finding.role, product, finding.channels))
         experts = set()
+        self.routed = {self.lists.place(f.product.path) for f in self.roles.findings if f.role == "router"}
         for product in self.flow.products:
             place = (product.path, product.parameter)
             if product.kind == "projection" and place not in seen:
@@ -48,7 +49,8 @@ class Draft:
                 self.add(product.node, described("linear", product, None))
             if product.kind == "experts" and place not in experts:
                 experts.add(place)
-                self.add(product.node, described("experts", product, None))
+                routed = self.lists.place(product.path) in self.routed
+                self.add(product.node, described("experts" if routed else "linear", product, None))
         for role, product in embeddings(self.roles):
             self.add(product.node, described(role, product, None))
         for node, path, parameter, width, bias in norms(self.flow):

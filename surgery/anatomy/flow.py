@@ -52,7 +52,15 @@ class Flow:
         self.depend()
         self.calls = self.find_calls()
         self.boundaries = set(self.at) | {call.node for call in self.calls}
-        self.stream = self.find_stream()
+        self.stream = self.find_stream(set())
+        kept = [call for call in self.calls if self.projected(call)]
+        if len(kept) < len(self.calls):
+            self.calls = kept
+            self.boundaries = set(self.at) | {call.node for call in self.calls}
+            self.stream = self.find_stream(set())
+        inner = self.inner_streams()
+        if inner:
+            self.stream = self.find_stream(inner)
 
     def depend(self) -> None:
         bits = {node: 1 << place for place, node in enumerate(self.trace.given)}
@@ -100,6 +108,11 @@ class Flow:
                 calls.append(Call(product, query, key, values, softmax, scores))
         return calls
 
+    def projected(self, call: Call) -> bool:
+        """Whether anything is projected for a call; a weighing of earlier layers' states is a part of the stream."""
+        groups = (call.query, call.key, call.value)
+        return any(self.sources(node, call.node)[0] for nodes in groups for node in nodes)
+
     def operands(self, node: fx.Node) -> list[fx.Node]:
         """The two tensors that a product multiplies."""
         if operator_name(node) == "einsum":
@@ -140,7 +153,7 @@ class Flow:
                 waiting.append(user)
         return sorted(found, key=lambda pair: self.trace.order[pair[0]])
 
-    def find_stream(self) -> set[fx.Node]:
+    def find_stream(self, seeds: set[fx.Node]) -> set[fx.Node]:
         stream: set[fx.Node] = set()
         places = {node: self.lists.place(owner(node)) for node in self.trace.nodes}
         for node in self.trace.nodes:
@@ -149,11 +162,54 @@ class Flow:
                 if self.reads[node]:
                     stream.add(node)
                 continue
-            enters = places[node] is None and self.reads[node] and any(places[user] is not None for user in self.trace.readers[node])
+            outside = places[node] is None and self.reads[node] != 0
+            enters = outside and any(places[user] is not None for user in self.trace.readers[node])
             given = node in self.trace.given and self.reads[node] != 0
-            if enters or given or (node not in self.boundaries and any(source in stream for source in self.trace.reads[node])):
+            follows = node not in self.boundaries and any(source in stream for source in self.trace.reads[node])
+            if enters or given or follows or node in seeds:
                 stream.add(node)
         return stream
+
+    def inner_streams(self) -> set[fx.Node]:
+        """Residual streams behind a projection of their own (a bottleneck's): sums of a tensor and a projection of it."""
+        seeds: set[fx.Node] = set()
+        for node in self.trace.nodes:
+            if operator_name(node) not in ("add", "add_") or node in self.stream or len(node.all_input_nodes) != 2:
+                continue
+            for branch, straight in (node.all_input_nodes, node.all_input_nodes[::-1]):
+                products, calls, _ = self.sources(branch)
+                if calls or len(products) != 1 or not self.reads[straight]:
+                    continue
+                if straight in self.behind_all(products[0].input) and straight not in self.boundaries:
+                    seeds.add(straight)
+        return seeds
+
+    def behind_all(self, node: fx.Node) -> set[fx.Node]:
+        """Everything a node depends on, within its layer."""
+        place = self.lists.place(owner(node))
+        seen, waiting = {node}, [node]
+        while waiting:
+            for source in self.trace.reads[waiting.pop()]:
+                if source not in seen and self.reads[source] and self.lists.place(owner(source)) == place:
+                    seen.add(source)
+                    waiting.append(source)
+        return seen
+
+    def composed(self, node: fx.Node) -> bool:
+        """Whether a matrix made of several stored ones (concatenated, say) lies between a node and the products behind it."""
+        seen, waiting = {node}, [node]
+        while waiting:
+            here = waiting.pop()
+            if here in self.boundaries or here in self.stream:
+                continue
+            operands = self.operands(here) if operator_name(here) in MULTIPLIES | {"linear"} else []
+            if len(operands) == 2 and bool(self.reads[operands[0]]) != bool(self.reads[operands[1]]):
+                return True
+            for source in self.trace.reads[here]:
+                if source not in seen and self.reads[source]:
+                    seen.add(source)
+                    waiting.append(source)
+        return False
 
     def sources(self, node: fx.Node, reader: fx.Node | None = None) -> tuple[list[Product], list[Call], bool]:
         """What computes a node (as its reader finds it): products and calls behind it, and whether the stream is too."""

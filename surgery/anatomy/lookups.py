@@ -42,7 +42,9 @@ def lookup_role(roles: Roles, product: Product) -> str:
         # The values of a buffer are not known; one that counts is no longer than the table it indexes.
         longest = max(max(shape_of(node), default=0) for node in counters)
         return "position" if longest <= product.shape[0] else "lookup"
-    # Positions differ along the sequence; the few kinds of a segment do not.
+    # Positions differ along the sequence, the few kinds of a segment do not; a table read whole is a set of vectors.
+    if before.numel() == product.shape[0]:
+        return "lookup"
     return "position" if before.dim() and len(before.unique()) >= max(before.shape[-1], 2) else "lookup"
 
 

@@ -20,6 +20,7 @@ REARRANGES = {
     "_unsafe_view", "flatten", "unflatten", "movedim", "narrow", "lift_fresh_copy", "type_as", "mT", "unbind",
     "view_as", "detach_", "dropout", "repeat", "expand_as",
 }  # fmt: skip
+SCALES = {"mul", "mul_", "div", "div_"}
 CUTS_UP = {"slice", "split", "split_with_sizes", "chunk", "select", "narrow", "unbind"}
 
 
@@ -63,7 +64,8 @@ def stored(trace: Trace, node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
     """The parameter behind a node and the chain of rearrangements between them; None when there is none."""
     chain: list[fx.Node] = []
     while node not in trace.weights:
-        if operator_name(node) not in REARRANGES or not node.all_input_nodes:
+        scaled = operator_name(node) in SCALES and len(node.all_input_nodes) == 1
+        if (operator_name(node) not in REARRANGES and not scaled) or not node.all_input_nodes:
             return None
         chain.append(node)
         node = node.all_input_nodes[0]
@@ -208,13 +210,12 @@ class Products:
         return self.build(node, "projection", operands[1 - held], placeholder, (out, wide), mine[0] in contracted, None, None)
 
     def pointwise(self, node: fx.Node) -> Product | None:
-        """A convolution over single positions is a projection."""
+        """A convolution over single positions is a projection; one in groups has its inputs per group as `in`."""
         source = stored(self.trace, node.args[1])  # type: ignore[arg-type]
         if source is None:
             return None
         full = shape_of(source[0])
-        groups = node.args[-1] if isinstance(node.args[-1], int) and len(node.args) > 6 else 1
-        if len(full) != 3 or full[2] != 1 or groups != 1:
+        if len(full) != 3 or full[2] != 1:
             return None
         bias = node.args[2] if len(node.args) > 2 else None
         product = self.build(node, "projection", node.args[0], source[0], full[:2], False, bias, None)

@@ -16,6 +16,8 @@ from surgery.anatomy.probe import Probe, Unknown, gradients, shape_of
 from surgery.anatomy.products import Product, operator_name
 
 TINY = 1e-9
+LARGE = 4_000_000
+SCALES = {"mul", "mul_", "div", "matmul", "bmm", "einsum", "baddbmm"}
 REDUCTIONS = {"mean", "var", "var_mean", "sum", "amax", "linalg_vector_norm", "norm", "std", "max"}
 
 
@@ -47,9 +49,9 @@ class Roles:
         self.probe = Probe(flow.trace)
         self.findings: list[Finding] = []
         self.attention: list[AttentionFinding] = []
+        self.find_routers()
         self.find_attention()
         self.find_outputs()
-        self.find_routers()
         self.find_heads()
         self.find_feed_forward()
 
@@ -77,6 +79,7 @@ class Roles:
     def find_attention(self) -> None:
         for call in self.flow.calls:
             query, key, value = (self.feeding(nodes, call) for nodes in self.oriented(call))
+            settle(query, key)
             prefix = "cross" if self.crosses(query, key or value) else "attn"
             for letter, found in (("q", query), ("k", key), ("v", value)):
                 for product, channels in found.items():
@@ -113,7 +116,7 @@ class Roles:
             reader = readers[0] if readers else call.node
             products, _, _ = self.flow.sources(node, reader)
             written = self.flow.trace.writes.get((reader, node), [])
-            products = [p for p in products if p.kind == "projection"]
+            products = [p for p in products if p.kind != "lookup" and "router" not in self.roles_of(p)]
             try:
                 known = {p.node: self.probe.random(p.node).requires_grad_() for p in products}
                 values = self.probe.run([*written, node], known, self.flow.boundaries | (self.flow.stream - {node}))
@@ -189,7 +192,7 @@ class Roles:
     def find_outputs(self) -> None:
         roles = {finding.call: finding for finding in self.attention}
         for product in self.flow.products:
-            if product.kind != "projection" or self.roles_of(product):
+            if product.kind == "lookup" or self.roles_of(product):
                 continue
             _, calls, _ = self.flow.sources(product.input, product.node)
             for call in calls:
@@ -234,6 +237,8 @@ class Roles:
 
     def head_products(self, output: fx.Node) -> list[Product]:
         products, calls, _ = self.flow.sources(output)
+        if self.flow.composed(output):
+            return []
         return [
             p for p in products if p.kind == "projection" and self.layer(p) is None and not self.roles_of(p) and not calls
         ]
@@ -263,12 +268,13 @@ class Roles:
                     continue
 
     def enters_stream(self, product: Product) -> bool:
+        """Whether the product's result is added to the residual stream; a gate on it only scales it."""
         seen, waiting = {product.node}, [product.node]
         while waiting:
             for user in self.flow.trace.readers[waiting.pop()]:
-                if user in self.flow.stream or user.op == "output":
+                if user.op == "output" or (user in self.flow.stream and operator_name(user) not in SCALES):
                     return True
-                if user not in seen and user not in self.flow.boundaries:
+                if user not in seen and user not in self.flow.stream and user not in self.flow.boundaries:
                     seen.add(user)
                     waiting.append(user)
         return False
@@ -363,8 +369,9 @@ class Stretch:
     def affine_channels(self, up: Product) -> torch.Tensor | None:
         """Channels in which the stretch is affine when the others stand still: the rows of `up` in a fused gate-and-up.
 
-        The derivative by an affine channel does not change when that channel moves. Half of the channels are moved at
-        a time, by each bit of their index, so that each one moves without its partner at least once.
+        The derivative by an affine channel does not change when that channel moves. The usual layouts (halves, every
+        other one) are tried first. For any other, half of the channels are moved at a time, by each bit of their index,
+        so that each one moves without its partner at least once.
         """
         width = up.width
         start = self.base[up.node]
@@ -373,22 +380,40 @@ class Stretch:
 
         def slope(point: torch.Tensor) -> torch.Tensor:
             live = point.clone().requires_grad_()
-            value = self.run({**self.base, up.node: live})
-            (gradient,) = gradients([value], [live])
+            (gradient,) = gradients([self.run({**self.base, up.node: live})], [live])
             if gradient is None:
                 raise Unknown(up.node.name)
             return gradient
 
         before = slope(start)
+
+        def still(moved: torch.Tensor) -> torch.Tensor:
+            after = slope(torch.where(moved, -2.0 * start, start))
+            return ((after - before).abs() <= TINY * (1 + before.abs())).reshape(-1, width).all(dim=0)
+
         index = torch.arange(width)
+        for guess in (index >= width // 2, index % 2 == 1):
+            for mask in (guess, ~guess):
+                if bool(still(mask)[mask].all()) and not bool(still(~mask)[~mask].any()):
+                    return mask
+        if start.numel() > LARGE:
+            return None
         affine = torch.zeros(width, dtype=torch.bool)
         for bit in range((width - 1).bit_length()):
             for side in (0, 1):
                 moved = (index >> bit) & 1 == side
-                after = slope(torch.where(moved, -2.0 * start, start))
-                still = ((after - before).abs() <= TINY * (1 + before.abs())).reshape(-1, width).all(dim=0)
-                affine |= still & moved
+                affine |= still(moved) & moved
         return affine
+
+
+def settle(query: dict[Product, torch.Tensor], key: dict[Product, torch.Tensor]) -> None:
+    """Where queries and keys are each made of the same two projections, the wider one is the queries' own."""
+    both = [product for product in query if product in key and torch.equal(query[product], key[product])]
+    if len(both) < 2:
+        return
+    widest = max(both, key=lambda product: int(query[product].sum()))
+    for product in both:
+        del (key if product is widest else query)[product]
 
 
 def same_rows(one: Product, other: Product) -> bool:
@@ -408,8 +433,13 @@ def rows_of(product: Product, value: torch.Tensor) -> torch.Tensor:
 
 
 def triangular(allowed: torch.Tensor) -> bool:
-    """No entry above the diagonal, and some below it."""
-    if allowed.dim() < 2 or allowed.shape[-1] < 2:
+    """Each query sees what the one before it sees and more, the first one not everything that the last one does.
+
+    Columns that everybody sees (sinks, a prefix) make no difference; a sliding window is told by its upper right corner.
+    """
+    if allowed.dim() < 2 or min(allowed.shape[-2:]) < 2:
         return False
+    flat = allowed.reshape(-1, *allowed.shape[-2:])
+    grows = not bool((flat[:, :-1] & ~flat[:, 1:]).any()) and bool((flat[:, -1] & ~flat[:, 0]).any())
     above = torch.triu(torch.ones(allowed.shape[-2:], dtype=torch.bool), 1)
-    return not bool((allowed & above).any()) and bool(allowed.any())
+    return grows or (not bool((flat & above).any()) and bool(flat.any()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import operator
 import re
 import warnings
 from collections.abc import Iterator
@@ -83,6 +84,7 @@ def attempt(double: Shadow, arguments: tuple[Any, ...], keywords: dict[str, Any]
     program = torch.export.export(
         double.module, pytree.tree_map(on_meta, arguments), pytree.tree_map(on_meta, keywords), strict=False
     )
+    inline(program.graph_module)
     signature = program.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     named.update(signature.inputs_to_lifted_tensor_constants)
@@ -106,6 +108,30 @@ def attempt(double: Shadow, arguments: tuple[Any, ...], keywords: dict[str, Any]
         outputs=outputs,
         root=program.graph_module,
     )
+
+
+def inline(root: fx.GraphModule) -> None:
+    """Put regions that export keeps apart (no_grad, autocast) back where they run."""
+    for node in list(root.graph.nodes):
+        places = [place for place, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr"]
+        held = [getattr(root, str(node.args[place].target), None) for place in places]
+        if node.op != "call_function" or len(held) != 1 or not isinstance(held[0], fx.GraphModule):
+            continue
+        region = held[0].graph
+        if any(inner.op == "get_attr" for inner in region.nodes):
+            continue
+        formal = [inner for inner in region.nodes if inner.op == "placeholder"]
+        with root.graph.inserting_before(node):
+            copied: Any = root.graph.graph_copy(region, dict(zip(formal, node.args[places[0] + 1 :], strict=True)))
+        if isinstance(copied, (tuple, list)):
+            for user in list(node.users):
+                if user.target is operator.getitem:
+                    user.replace_all_uses_with(copied[user.args[1]])
+                    root.graph.erase_node(user)
+        else:
+            node.replace_all_uses_with(copied)
+        if not node.users:
+            root.graph.erase_node(node)
 
 
 def numbers(value: torch.Tensor) -> torch.Tensor:

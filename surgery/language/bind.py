@@ -13,6 +13,7 @@ from surgery.language.roles import is_stack, names_parts, resolve
 from surgery.language.selector import Difference, Intersection, Selector, Union
 from surgery.language.source import Span
 from surgery.language.suggest import did_you_mean, listed, nearest
+from surgery.language.syntax import MOST_FAULTS
 from surgery.language.tree import Act, Clause, Every, Group, Joined, LayerRange, Literal, Selection, Word
 from surgery.language.values import Limits, convert, wanted
 from surgery.language.wording import described, expected, short, usage, worded
@@ -77,7 +78,7 @@ class _Binder:
 
     def statement(self) -> Statement:
         self.attempt(self.lead)
-        while self.at < len(self.items):
+        while self.at < len(self.items) and len(self.faults) < MOST_FAULTS:
             self.attempt(self.item)
         clauses = self.clauses()
         selector = self.selector(clauses)

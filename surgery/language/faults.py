@@ -25,6 +25,10 @@ def too_deep(span: Span) -> Diagnostic:
     return Diagnostic("S005", "parentheses are nested deeper than 64", span)
 
 
+def too_many(shown: int) -> Diagnostic:
+    return Diagnostic("S042", f"there are more errors; these are the first {shown}")
+
+
 def syntax_fault(error: UnexpectedInput, source: Source, offset: int, text: str) -> Diagnostic:
     """The diagnostic of a statement that cannot be parsed; `text` starts at `offset` of the source."""
     from lark import UnexpectedCharacters, UnexpectedToken

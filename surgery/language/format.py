@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from surgery.errors import ProgramError
+from surgery.language.faults import too_many
 from surgery.language.roles import is_sibling
 from surgery.language.source import Source
-from surgery.language.syntax import read_tree
+from surgery.language.syntax import MOST_FAULTS, read_tree
 from surgery.language.tree import (
     Directive,
     Every,
@@ -30,7 +31,7 @@ def format_text(text: str, name: str = "<text>") -> str:
     """The text in canonical form. Raises ProgramError with every statement that cannot be read."""
     tree, faults = read_tree(Source(name, text))
     if faults:
-        raise ProgramError(*faults)
+        raise ProgramError(*faults, *([too_many(MOST_FAULTS)] if len(faults) >= MOST_FAULTS else []))
     return tree_text(tree)
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from surgery.errors import Diagnostic, ProgramError
 from surgery.language.bind import Context, bind
-from surgery.language.faults import RESERVED, too_large
+from surgery.language.faults import RESERVED, too_large, too_many
 from surgery.language.program import Program, Statement
 from surgery.language.source import Source, Span
 from surgery.language.suggest import did_you_mean, listed
-from surgery.language.syntax import LARGEST, read_tree
+from surgery.language.syntax import LARGEST, MOST_FAULTS, read_tree
 from surgery.language.texts import decode, encode
 from surgery.language.tree import Act, Directive, Include, Let, Literal, Tree, Word
 from surgery.operations import Vocabulary
@@ -160,6 +160,8 @@ class _Collector:
         vocabulary = Vocabulary()
         statements: list[Statement] = []
         for pending in self.acts:
+            if len(self.faults) > MOST_FAULTS:
+                break
             try:
                 statements.append(bind(pending.act, Context(vocabulary, values, pending.directory)))
             except ProgramError as error:
@@ -205,5 +207,10 @@ def _written(value: object, source: Source, start: int) -> Word | Literal:
 def _in_order(faults: list[Diagnostic], source: Source) -> list[Diagnostic]:
     """By place in the main text; faults of included texts and of parameters after it. A fault is told once."""
     told = list(dict.fromkeys(faults))
-    here = [fault for fault in told if fault.span is not None and fault.span.source == source]
-    return sorted(here, key=lambda fault: fault.span.start if fault.span else 0) + [f for f in told if f not in here]
+    here = sorted(
+        (fault for fault in told if fault.span is not None and fault.span.source == source),
+        key=lambda fault: fault.span.start if fault.span else 0,
+    )
+    elsewhere = [fault for fault in told if fault.span is None or fault.span.source != source]
+    ordered = here + elsewhere
+    return ordered if len(ordered) < MOST_FAULTS else [*ordered[:MOST_FAULTS], too_many(MOST_FAULTS)]

@@ -8,17 +8,18 @@ from surgery.errors import Diagnostic
 from surgery.language.source import Span
 
 WINDOW = 110
+LONGEST = 2000
 RED, BLUE, BOLD, PLAIN = "\x1b[1;31m", "\x1b[1;34m", "\x1b[1m", "\x1b[0m"
 
 
 def render(diagnostic: Diagnostic, color: bool = False) -> str:
     """Several lines, without a newline at the end; with escape codes for a terminal when `color`."""
     red, blue, bold, plain = (RED, BLUE, BOLD, PLAIN) if color else ("", "", "", "")
-    head = f"{red}error[{diagnostic.code}]{plain}{bold}: {diagnostic.message}{plain}"
+    head = f"{red}error[{diagnostic.code}]{plain}{bold}: {_clip(diagnostic.message)}{plain}"
     span = diagnostic.span
     excerpt, margin = _excerpt(span, diagnostic.label, blue, red, plain) if span and span.source.text else ([], 0)
     where = [f"{' ' * margin} {blue}-->{plain} {span}"] if span and span.source.name != "<nowhere>" else []
-    notes = [f"help: {diagnostic.help}"] if diagnostic.help else []
+    notes = [f"help: {_clip(diagnostic.help)}"] if diagnostic.help else []
     if not excerpt and diagnostic.label:
         notes.insert(0, diagnostic.label)
     notes.append(f"`surgery explain {diagnostic.code}` tells more")
@@ -41,6 +42,11 @@ def _excerpt(span: Span, label: str, blue: str, red: str, plain: str) -> tuple[l
         f"{blue}{number} |{plain} {_flat(shown)}".rstrip(),
         f"{edge} {blue}|{plain} {' ' * _width(before)}{red}{carets}{plain}{' ' if label else ''}{label}",
     ], len(number)
+
+
+def _clip(text: str) -> str:
+    """A message quotes the program, and a program may have words of any length."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text) - LONGEST} more characters)"
 
 
 def _flat(text: str) -> str:

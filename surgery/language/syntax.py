@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 LARGEST = 1_000_000
 DEEPEST = 64
-PIECES = re.compile(r'"(?:[^"\\]|\\.)*"?|#.*|[;()]|[^";#()]+|.')
+MOST_FAULTS = 100
+PIECES = re.compile(r'"(?:[^"\\\n]|\\.)*"?|#.*|[;()\n]|[^";#()\n]+')
 FORMS: dict[str, Any] = {
     "NUMBER": "number",
     "PERCENT": "percent",
@@ -69,7 +70,7 @@ def _parser() -> lark.Lark:
 def _too_deep(source: Source) -> Diagnostic | None:
     depth = 0
     for piece in PIECES.finditer(source.text):
-        depth += {"(": 1, ")": -1}.get(piece[0], 0)
+        depth = 0 if piece[0] in ";\n" else max(0, depth + {"(": 1, ")": -1}.get(piece[0], 0))
         if depth > DEEPEST:
             return too_deep(Span(source, piece.start(), piece.end()))
     return None
@@ -81,6 +82,8 @@ def _read_by_statement(source: Source) -> tuple[Tree, tuple[Diagnostic, ...]]:
     lines: list[Line] = []
     diagnostics: list[Diagnostic] = []
     for pieces in _statements(source.text):
+        if len(diagnostics) >= MOST_FAULTS:
+            break
         read: list[Line] = []
         for start, text in pieces:
             try:

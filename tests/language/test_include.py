@@ -136,8 +136,20 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
 def test_large_and_deep_programs_are_refused(tmp_path: Path) -> None:
     assert codes("#" * 1_000_001) == ["S004"]
     assert codes("lora rank 1 on " + "(" * 10_000 + "ffn" + ")" * 10_000) == ["S005"]
+    hidden = ")" * 10_000 + ";" + "lora rank 1 on " + "(" * 10_000 + "ffn" + ")" * 10_000
+    assert "S005" in codes(hidden)
+    assert "S005" in codes('"\n' + hidden)
+    assert set(codes("lora rank 1 on (\n" * 80)) == {"S001"}
     (tmp_path / "main.surgery").write_text("\n" * 1_000_001)
     with pytest.raises(ProgramError, match="S004"):
         load_program(tmp_path / "main.surgery")
     nested = "(" * 60 + "ffn" + ")" * 60
     assert parse(f"lora rank 1 on {nested}") == parse("lora rank 1 on ffn")
+
+
+def test_at_most_a_hundred_faults_are_told() -> None:
+    """A megabyte of something else is refused in moments, not reported line by line."""
+    for text in ("lora rank 1 on\n", "lorra\n", "\x00\n"):
+        found = codes(text * 20_000)
+        assert len(found) == 101
+        assert found[-1] == "S042"

@@ -26,7 +26,7 @@ TABLE: Mapping[str, str] = MappingProxyType(
 
 
 class Vocabulary:
-    """The verbs as they are now. Searching the installed packages takes time: once, and only when a verb is not ours."""
+    """The verbs as they are now. Searching the installed packages takes time: once, and only for a verb not ours."""
 
     @cached_property
     def installed(self) -> Mapping[str, str]:

@@ -1,6 +1,5 @@
 """Verbs that only tests have: one with every way to write an option, one that acts on nothing, one that is broken."""
 
-# ruff: noqa: RUF009
 from __future__ import annotations
 
 from collections.abc import Iterable

@@ -15,7 +15,7 @@ from surgery.language.source import Span
 from surgery.language.suggest import did_you_mean, listed, nearest
 from surgery.language.syntax import MOST_FAULTS
 from surgery.language.tree import Act, Clause, Every, Group, Joined, LayerRange, Literal, Selection, Word
-from surgery.language.values import Limits, convert, wanted
+from surgery.language.values import Limits, convert, moved, wanted
 from surgery.language.wording import described, expected, short, usage, worded
 from surgery.operations import Vocabulary
 from surgery.operations.base import Operation
@@ -180,7 +180,7 @@ class _Binder:
         self.attempted.add(option.name)
         self.places[option.name] = span
         self.values[option.name] = convert(
-            _moved(literal, span),
+            moved(literal, span),
             Limits.of(f"{option.word} of {self.act.verb.text}", option),
             self.context.directory,
         )
@@ -271,7 +271,7 @@ class _Binder:
             )
         if item.form == "compare":
             self.at += isinstance(self.peek(), Literal)
-        value = convert(_moved(item, span), Limits.of(f"'{option.word}'", option), self.context.directory)
+        value = convert(moved(item, span), Limits.of(f"'{option.word}'", option), self.context.directory)
         if option.choices and value not in option.choices:
             raise ProgramError.of(
                 "S013", f"'{option.word}' cannot be {item.text}", span, f"expected {expected(option)}"
@@ -306,7 +306,7 @@ class _Binder:
         if isinstance(item, (Word, Literal)) and isinstance(said, Literal):
             self.at += 1
             limits = Limits.of(f"'{option.word} {word.text}'", payload)
-            return Variant(word.text, convert(_moved(said, item.span), limits, self.context.directory)), item.span
+            return Variant(word.text, convert(moved(said, item.span), limits, self.context.directory)), item.span
         default = Option("", "option", "", (payload.form,), payload.default)
         if default.required:
             raise ProgramError.of(
@@ -371,7 +371,7 @@ class _Binder:
         try:
             if isinstance(value, Literal):
                 limits = Limits("`expect`", ("count",), at_least=1)
-                return int(convert(_moved(value, clause.value.span), limits, None))
+                return int(convert(moved(value, clause.value.span), limits, None))
             raise ProgramError.of(
                 "S012", "`expect` takes a number", clause.value.span, f"expected {wanted(('count',))}"
             )
@@ -397,8 +397,3 @@ class _Binder:
         for name, message, help in operation.validate():
             self.faults.append(Diagnostic("S017", message, self.places.get(name, self.act.verb.span), "", help))
         return operation
-
-
-def _moved(literal: Literal, span: Span) -> Literal:
-    """The value of a `let`, complained about where it is used."""
-    return literal if literal.span is span else Literal(literal.form, literal.text, span)

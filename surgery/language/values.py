@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import Diagnostic, ProgramError
+from surgery.language.source import Span
 from surgery.language.texts import decode
 from surgery.language.tree import Literal
 from surgery.operations.options import Form, Option, Payload, Ratio
@@ -74,6 +75,11 @@ def convert(literal: Literal, limits: Limits, directory: Path | None) -> Any:
             _rewritten(literal, limits.forms),
         )
     )
+
+
+def moved(literal: Literal, span: Span) -> Literal:
+    """The value of a `let`, complained about where it is used."""
+    return literal if literal.span is span else Literal(literal.form, literal.text, span)
 
 
 def percent(share: float) -> str:

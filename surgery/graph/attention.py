@@ -64,6 +64,7 @@ class AttentionDraft:
             self.graph, marks = attention_interface.graph()
             self._mark(marks)
         else:
+            attention_interface.refuse_own_cache(module, part.path)
             self.original = module
             self._hold(module)
             self.graph = attention_trace.trace(module, part.path, frozenset(part.given))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from surgery.anatomy.inputs import example
 from surgery.anatomy.parts import Anatomy
 from surgery.graph.attention_interface import through_interface
 
@@ -28,14 +29,15 @@ def observed(anatomy: Anatomy, model: nn.Module, example_inputs: tuple[Any, ...]
         and _optional(module := model.get_submodule(part.path))
         and not through_interface(module)
     }
-    if not asked or example_inputs is None:
+    if not asked:
         return anatomy
     given: dict[str, tuple[str, ...]] = {}
     shape = _shape_of(model)
     for path in asked:
         shape.get_submodule(path).register_forward_pre_hook(_recorder(path, given), with_kwargs=True)
-    inputs = _pytree.tree_map(lambda each: each.to("meta") if isinstance(each, Tensor) else each, example_inputs)
     try:
+        known = example(model) if example_inputs is None else example_inputs
+        inputs = _pytree.tree_map(lambda each: each.to("meta") if isinstance(each, Tensor) else each, known)
         with torch.no_grad():
             shape(**inputs) if isinstance(inputs, Mapping) else shape(*inputs)
     except Exception:

@@ -45,6 +45,17 @@ def through_interface(module: nn.Module) -> bool:
     return code is not None and "get_interface" in code.co_names
 
 
+def refuse_own_cache(module: nn.Module, path: str) -> None:
+    """Raises GraphError S351 for a transformers module that computes its attention itself, over a cache."""
+    cached = {"past_key_values", "past_key_value", "layer_past"} & set(inspect.signature(module.forward).parameters)
+    if type(module).__module__.startswith("transformers.") and cached:
+        raise GraphError.of(
+            "S351",
+            f"`{type(module).__name__}` at {path} computes its attention itself instead of handing it over",
+            help="transformers' AttentionInterface does not reach this model; adapt it with lora, or leave it out",
+        )
+
+
 def core(module: nn.Module, path: str) -> Core:
     """The implementation that the module would call. Raises GraphError S340 for those that hide their mask from us."""
     held = getattr(module, CHILD, None)

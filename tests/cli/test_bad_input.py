@@ -230,10 +230,11 @@ def test_bad_output(out: str, code: str, run: Run, tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_no_permission(run: Run, tmp_path: Path) -> None:
+def test_no_permission(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "p").write_text("lora rank 2 on attn.q")
     (tmp_path / "locked").mkdir(mode=0o500)
+    if os.geteuid() == 0:  # may write everywhere, unless the system says otherwise
+        monkeypatch.setattr(os, "access", lambda *_: False)
     refused(run("apply", "p", "demo", "-o", "locked/out"), "S431")
 
 

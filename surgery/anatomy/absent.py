@@ -70,11 +70,15 @@ def stack_missing(anatomy: Anatomy, selector: Layers) -> ModelError:
 
 def layer_missing(anatomy: Anatomy, selector: Layers, depths: Mapping[str, int]) -> ModelError:
     if not depths:
-        return ModelError.of("S205", f"{anatomy.model} has no layers", place_of(selector.span), "no list of layers found")
+        return ModelError.of(
+            "S205", f"{anatomy.model} has no layers", place_of(selector.span), "no list of layers found"
+        )
     first, last = selector.first, selector.last if selector.last is not None else selector.first
     wanted = f"layer {first}" if first == last else f"layers {first}..{last}"
     reach = "; ".join(f"{name} has {counted(depth)}, 0..{depth - 1}, or -{depth}..-1" for name, depth in depths.items())
-    backwards = first is not None and last is not None and all(-d <= e < d for d in depths.values() for e in (first, last))
+    backwards = (
+        first is not None and last is not None and all(-d <= e < d for d in depths.values() for e in (first, last))
+    )
     return ModelError.of(
         "S205",
         f"{wanted} is empty: it runs backwards" if backwards else f"{anatomy.model} has no {wanted}",

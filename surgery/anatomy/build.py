@@ -76,7 +76,7 @@ class Draft:
             family = part.role.partition(".")[0]
             if family in ("ffn", "attn", "cross"):
                 groups.setdefault((family, place), []).append((order, part.path))
-        for (family, place), members in groups.items():
+        for (family, _), members in groups.items():
             path = common(path for _, path in members)
             where = self.lists.place(path)
             inside = where is not None and path.rpartition(".")[0] not in self.lists.members

@@ -14,7 +14,7 @@ TORCH = str(Path(torch.__file__).parent)
 
 
 def failure(model: nn.Module, error: BaseException) -> ModelError:
-    """The error S202 for an exception raised inside export, naming the innermost module and line of the model's own code."""
+    """The error S202 for an exception inside export, naming the innermost module and line of the model's code."""
     frames = [
         frame for frame in traceback.walk_tb(error.__traceback__) if not frame[0].f_code.co_filename.startswith(TORCH)
     ]

@@ -171,7 +171,7 @@ class Flow:
         return stream
 
     def inner_streams(self) -> set[fx.Node]:
-        """Residual streams behind a projection of their own (a bottleneck's): sums of a tensor and a projection of it."""
+        """Residual streams behind a projection (a bottleneck's): sums of a tensor and a projection of it."""
         seeds: set[fx.Node] = set()
         for node in self.trace.nodes:
             if operator_name(node) not in ("add", "add_") or node in self.stream or len(node.all_input_nodes) != 2:
@@ -196,7 +196,7 @@ class Flow:
         return seen
 
     def composed(self, node: fx.Node) -> bool:
-        """Whether a matrix made of several stored ones (concatenated, say) lies between a node and the products behind it."""
+        """Whether a matrix made of several stored ones lies between a node and the products behind it."""
         seen, waiting = {node}, [node]
         while waiting:
             here = waiting.pop()
@@ -212,7 +212,7 @@ class Flow:
         return False
 
     def sources(self, node: fx.Node, reader: fx.Node | None = None) -> tuple[list[Product], list[Call], bool]:
-        """What computes a node (as its reader finds it): products and calls behind it, and whether the stream is too."""
+        """What computes a node (as its reader finds it): products and calls behind it; whether the stream is too."""
         products, calls, streams = [], [], False
         by_node = self.call_at
         waiting = [node, *(self.trace.writes.get((reader, node), ()) if reader is not None else ())]

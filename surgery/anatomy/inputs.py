@@ -17,7 +17,9 @@ BATCH, LENGTH, TARGET_LENGTH = 2, 7, 5
 
 
 def example(model: nn.Module, device: torch.device | None = None) -> dict[str, Any]:
-    """Tensors for `model(**inputs)` on the model's device or another: `input_ids` (2, 7), `decoder_input_ids` (2, 5) where taken.
+    """Tensors for `model(**inputs)` on the model's device or another: `input_ids` (2, 7).
+
+    `decoder_input_ids` (2, 5) where taken.
 
     Raises ModelError S201 when the model is not a transformers text model.
     """

@@ -91,7 +91,9 @@ def norm(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
         if weight is None or not flow.reads[other] or not normalised(flow, other, owner(node)):
             continue
         adds = [user for user in node.users if operator_name(user) == "add" and owner(user) == owner(node)]
-        biases = [vector(flow, arg) for user in adds for arg in user.args if isinstance(arg, fx.Node) and arg is not node]
+        biases = [
+            vector(flow, arg) for user in adds for arg in user.args if isinstance(arg, fx.Node) and arg is not node
+        ]
         found = [bias for bias in biases if bias is not None and bias in trace.weights]
         return weight, found[0] if found else None
     return None
@@ -125,5 +127,3 @@ def normalised(flow: Flow, node: fx.Node, module: str) -> bool:
                 seen.add(source)
                 waiting.append(source)
     return False
-
-

@@ -1,6 +1,6 @@
 """Dependencies that an in-place operator makes: who reads a tensor after something else wrote into it.
 
-The exported graph keeps `new_empty`, `copy_` into its slices, and reads of the whole; `all_input_nodes` knows nothing of that.
+The exported graph keeps `new_empty`, `copy_` into its slices, and reads of the whole; operands alone do not tell.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from typing import Any
 
 from torch import fx
 
-
 Reads = dict[fx.Node, list[fx.Node]]
 Writes = dict[tuple[fx.Node, fx.Node], list[fx.Node]]
 
 
 def dependencies(nodes: list[fx.Node]) -> tuple[Reads, Writes]:
-    """What each node reads: its operands, and what wrote into their memory before; the latter also by (node, operand)."""
+    """What each node reads: operands, and what wrote into their memory before; the latter also by (node, operand)."""
     base: dict[fx.Node, fx.Node] = {}
     writers: dict[fx.Node, list[fx.Node]] = {}
     reads: Reads = {}

@@ -10,7 +10,7 @@ Kind = Literal["projection", "lookup", "norm", "attention", "experts", "block"]
 
 @dataclass(frozen=True)
 class Stack:
-    """A repeated `ModuleList` of layers. `name` is `decoder`, `encoder`, or `stack` with a number where neither is meant."""
+    """A repeated `ModuleList` of layers. `name` is `decoder`, `encoder`, or else `stack1`."""
 
     name: str
     path: str

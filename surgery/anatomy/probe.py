@@ -44,7 +44,7 @@ class Probe:
         self.seed = seed
 
     def random(self, node: fx.Node) -> Any:
-        """A stand-in for a node: float64 with magnitudes in 0.5 to 1.5 and both signs; zeros for ints, True for bools."""
+        """A stand-in for a node: float64 of magnitude 0.5 to 1.5 and both signs; zeros for ints, True for bools."""
         shape, dtype = shape_of(node), dtype_of(node)
         if dtype is None:
             raise Unknown(node.name)
@@ -102,6 +102,8 @@ class Probe:
 
 def call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     """One operator, with every floating dtype made float64 and every device the CPU."""
+    args: Any
+    kwargs: Any
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
     args, kwargs = fx.node.map_aggregate((args, kwargs), plain)
     target: Any = node.target
@@ -143,7 +145,9 @@ def plain(value: Any) -> Any:
     return value
 
 
-def gradients(outputs: list[torch.Tensor], inputs: list[torch.Tensor], seed: int = 1, retain: bool = False) -> list[torch.Tensor | None]:
+def gradients(
+    outputs: list[torch.Tensor], inputs: list[torch.Tensor], seed: int = 1, retain: bool = False
+) -> list[torch.Tensor | None]:
     """Gradient of a random linear functional of the outputs with respect to each input; None where none arrives."""
     live = [value for value in outputs if isinstance(value, torch.Tensor) and value.requires_grad]
     if not live:

@@ -114,7 +114,7 @@ class Products:
 
     def product(self, node: fx.Node) -> Product | None:
         kind = operator_name(node)
-        args = node.args
+        args: Any = node.args
         if kind == "linear":
             return self.matrix(node, args[0], args[1], out_first=True, bias=args[2] if len(args) > 2 else None)
         if kind == "addmm":
@@ -148,7 +148,9 @@ class Products:
             return None
         out, wide = used if out_first else (used[1], used[0])
         if len(full) == 3 and "select" in map(operator_name, chain):
-            return self.build(node, "experts", x, placeholder, (full[0], out, wide), flips(chain) == out_first, bias, None)
+            return self.build(
+                node, "experts", x, placeholder, (full[0], out, wide), flips(chain) == out_first, bias, None
+            )
         size = math.prod(full)
         rows = None
         if size != out * wide:
@@ -207,7 +209,9 @@ class Products:
         if not contracted or not kept or len(contracted) + len(kept) != len(mine) or not result.endswith("".join(kept)):
             return None
         out, wide = (math.prod(sizes[letter] for letter in group) for group in (kept, contracted))
-        return self.build(node, "projection", operands[1 - held], placeholder, (out, wide), mine[0] in contracted, None, None)
+        return self.build(
+            node, "projection", operands[1 - held], placeholder, (out, wide), mine[0] in contracted, None, None
+        )
 
     def pointwise(self, node: fx.Node) -> Product | None:
         """A convolution over single positions is a projection; one in groups has its inputs per group as `in`."""

@@ -222,7 +222,8 @@ def compiled(pattern: str) -> re.Pattern[str]:
     pieces = re.split(r"(\*\*|\*|\?|\[[^\]]*\])", pattern)
     known = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
     translated = [
-        known.get(piece, piece.replace("[!", "[^", 1) if piece.startswith("[") else re.escape(piece)) for piece in pieces
+        known.get(piece, piece.replace("[!", "[^", 1) if piece.startswith("[") else re.escape(piece))
+        for piece in pieces
     ]
     try:
         return re.compile("".join(translated))

@@ -110,9 +110,10 @@ def same(one: Any, other: Any) -> bool:
         if len(one) != len(other):
             return False
         if len(one) == 3 and isinstance(one[0], str) and isinstance(one[1], tuple) and one[1][:1] == ("position",):
-            return one[0] == other[0] and (one[1] == other[1] or one[2] == other[2])
+            return bool(one[0] == other[0] and (one[1] == other[1] or one[2] == other[2]))
         return all(same(a, b) for a, b in zip(one, other, strict=True))
-    return bool(one == other)
+    equal: bool = one == other
+    return equal
 
 
 def is_layer(module: nn.Module | None) -> bool:

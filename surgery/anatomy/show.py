@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -54,7 +55,9 @@ def layers(anatomy: Anatomy, stack: Stack) -> list[tuple[str, list[Row]]]:
     sections = []
     for rows, indices in groups.items():
         where = f"layer{'s' if len(indices) > 1 else ''} {ranges(indices)}"
-        sections.append((f"  {stack.name} {where} of {stack.depth}" if stack.depth > 1 else f"  {stack.name}", list(rows)))
+        sections.append(
+            (f"  {stack.name} {where} of {stack.depth}" if stack.depth > 1 else f"  {stack.name}", list(rows))
+        )
     return sections
 
 
@@ -100,7 +103,7 @@ def channels(runs: tuple[tuple[int, int], ...]) -> str:
     if len(runs) < 3:
         return ", ".join(f"{start}..{stop}" for start, stop in runs)
     lengths = {stop - start for start, stop in runs}
-    steps = {after[0] - before[0] for before, after in zip(runs, runs[1:], strict=False)}
+    steps = {after[0] - before[0] for before, after in itertools.pairwise(runs)}
     if len(lengths) == 1 and len(steps) == 1:
         return f"{len(runs)} runs of {lengths.pop()} every {steps.pop()} from {runs[0][0]}"
     return f"{len(runs)} runs, {sum(stop - start for start, stop in runs)} in all, {runs[0][0]}..{runs[-1][1]}"
@@ -114,6 +117,6 @@ def ranges(indices: list[int]) -> str:
             runs[-1].append(index)
         else:
             runs.append([index])
-    if len(runs) > 2 and all(b - a == 2 for a, b in zip(indices, indices[1:], strict=False)):
+    if len(runs) > 2 and all(b - a == 2 for a, b in itertools.pairwise(indices)):
         return f"{indices[0]}..{indices[-1]} {'odd' if indices[0] % 2 else 'even'}"
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)

@@ -36,5 +36,6 @@ def study(model: nn.Module, example_inputs: Any = None) -> Anatomy:
         arguments = tuple(example_inputs)
     traced = trace(model, arguments, keywords)
     lists = Lists(model)
-    with torch.enable_grad():
+    # Whatever the caller has switched: numbers are computed here, with gradients, on the CPU.
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         return build(model, Roles(Flow(traced, lists)))

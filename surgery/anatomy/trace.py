@@ -75,7 +75,7 @@ def attempt(double: Shadow, arguments: tuple[Any, ...], keywords: dict[str, Any]
     def on_meta(value: Any) -> Any:
         return value.to("meta") if isinstance(value, torch.Tensor) else value
 
-    config = getattr(double.module, "config", None)
+    config: Any = getattr(double.module, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False
     takes = inspect.signature(double.module.forward).parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from surgery.anatomy import Anatomy, Part, study
 from tests import zoo
 

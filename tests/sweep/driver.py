@@ -7,6 +7,7 @@ meta device, one process for each model so that none can take the others down.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -122,7 +123,7 @@ def worker(todo: Any, done: Any) -> None:
 
 
 def sweep(items: list[tuple[str, str, str]], processes: int = 2, each: Any = None) -> list[dict[str, Any]]:
-    """Rows for all items, in their order; a process that dies is a row of its own. `each(row)` is called as they come."""
+    """Rows for all items, in their order; a process that dies is a row of its own. `each` gets rows as they come."""
     context = multiprocessing.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
     for item in [*items, *[None] * processes]:
@@ -152,8 +153,9 @@ def main() -> None:
     parser.add_argument("-j", "--processes", type=int, default=2)
     options = parser.parse_args()
     items = [item for item in model_types() if not options.types or item[1] in options.types]
-    out = sys.stdout if options.output == "-" else open(options.output, "w")
-    sweep(items, options.processes, lambda row: print(json.dumps(row), file=out, flush=True))
+    with contextlib.ExitStack() as stack:
+        out = sys.stdout if options.output == "-" else stack.enter_context(open(options.output, "w"))
+        sweep(items, options.processes, lambda row: print(json.dumps(row), file=out, flush=True))
 
 
 if __name__ == "__main__":

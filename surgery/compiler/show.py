@@ -47,7 +47,8 @@ def _shape(part: Mapping[str, Any]) -> str:
     """`576 x 192`, with the rows taken of a fused map; of an attention call, its heads."""
     if "heads" in part:
         heads = part["heads"]
-        return f"{heads['query']} heads over {heads['key_value']} of {heads['key_width']}"
+        shared = "" if heads["key_value"] == heads["query"] else f" on {heads['key_value']}"
+        return f"{heads['query']} heads{shared} of {heads['key_width']}"
     shape = " x ".join(map(str, part.get("shape", ())))
     if "channels" in part:
         return f"{sum(stop - start for start, stop in part['channels'])} of {shape}"

@@ -326,7 +326,7 @@ def same_rows(one: Product, other: Product) -> bool:
 def triangular(allowed: torch.Tensor) -> bool:
     """Each query sees what the one before it sees and more, the first one not everything that the last one does.
 
-    Columns that everybody sees (sinks, a prefix) make no difference; a sliding window is told by its upper right corner.
+    Columns that everybody sees (sinks, a prefix) make no difference; a sliding window is told by its upper corner.
     """
     if allowed.dim() < 2 or min(allowed.shape[-2:]) < 2:
         return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import multiprocessing
 import os
@@ -58,17 +59,27 @@ def shorten(config: Any, depth: int = 2) -> None:
 
 
 def build(task: str, kind: str, class_name: str) -> Any:
+    """The model type's class from its default configuration, cut short, on the meta device."""
     import torch
     import transformers
     from transformers import CONFIG_MAPPING
     from transformers.initialization import no_init_weights
 
+    autos = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}
     config = CONFIG_MAPPING[kind]()
-    shorten(config)
     if task == "causal" and hasattr(config, "is_decoder"):
         config.is_decoder = True
-    with torch.device("meta"), no_init_weights():
-        return getattr(transformers, class_name)(config).eval()
+    whole = copy.deepcopy(config)
+    shorten(config)
+    for chosen in (config, whole):
+        try:
+            with torch.device("meta"), no_init_weights():
+                return getattr(transformers, autos[task]).from_config(chosen).eval()
+        except (KeyError, IndexError):
+            # Some configuration names its layers one by one: leave it whole.
+            if chosen is whole:
+                raise
+    return None
 
 
 def examine(task: str, kind: str, class_name: str) -> dict[str, Any]:

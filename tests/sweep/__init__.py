@@ -1,0 +1,1 @@
+"""The sweep over every text model type of transformers."""

@@ -57,13 +57,17 @@ class Affine:
             offset = bias if offset is None else offset + bias
         return Affine(weight.shape[0], matrix, offset, self.dtype)
 
+    def _number(self, value: Any) -> Tensor:
+        """A constant in this value's dtype; a Python number goes there directly and not by way of float32."""
+        return value.detach().to(self.dtype) if isinstance(value, Tensor) else torch.as_tensor(value, dtype=self.dtype)
+
     def scaled(self, factor: Any) -> Affine:
         """Times a number, or times a vector over the features."""
         if isinstance(factor, Affine):
             raise NotAffine("the input is multiplied with itself")
         if self.one_hot:
             raise NotAffine("token ids are multiplied")
-        factor = torch.as_tensor(factor).detach().to(self.dtype)
+        factor = self._number(factor)
         if factor.dim() > 1 and factor.numel() != factor.shape[-1]:
             raise NotAffine("the factor differs between positions")
         factor = factor.reshape(-1) if factor.dim() else factor
@@ -82,7 +86,7 @@ class Affine:
             if other.offset is not None:
                 offset = sign * other.offset if offset is None else offset + sign * other.offset
             return Affine(self.width, torch.add(mine, theirs, alpha=sign), offset, self.dtype)
-        shift = torch.as_tensor(other).detach().to(self.dtype)
+        shift = self._number(other)
         if shift.dim() > 1 and shift.numel() != shift.shape[-1]:
             raise NotAffine("the summand differs between positions")
         shift = sign * shift.reshape(-1).expand(self.width)
@@ -120,7 +124,7 @@ class Affine:
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Affine:
-        return self.scaled(1 / torch.as_tensor(other).to(self.dtype))
+        return self.scaled(1 / self._number(other))
 
     def __add__(self, other: Any) -> Affine:
         return self.plus(other)

@@ -39,9 +39,12 @@ def command(program: str, model: str, output: Path, settings: dict[str, str], fo
 
     with progress(f"reading {model}"):
         loaded = models.load(model)
-        from surgery.compiler import apply
-    with progress("applying"):
-        apply(parsed, loaded.model, example_inputs=loaded.example_inputs, tokenizer=tokenizer_for(parsed, loaded))
+        from surgery.compiler import apply, plan
+    tokenizer = tokenizer_for(parsed, loaded)
+    with progress(f"studying {model}"):
+        made = plan(parsed, loaded.model, example_inputs=loaded.example_inputs, tokenizer=tokenizer)
+    with progress("applying", lambda: made.places) as tell:
+        apply(made, loaded.model, tokenizer=tokenizer, tell=tell)
     with progress(f"writing {output}", lambda: bytes_of(loaded.model)) as tell:
         save(loaded.model, output, force=force, origin=loaded.origin, tell=tell)
     click.echo(str(loaded.model.__dict__["_surgery"].plan))

@@ -30,10 +30,13 @@ def command(out: str, output: Path, force: bool) -> None:
     manifest = Manifest.read(Path(out))
     with progress(f"reading {out}", lambda: total_bytes(Path(out))) as tell:
         model = load(out, tell=tell)
-    with progress("merging"):
-        from surgery.compiler import merge
-
-        merged = merge(model)
+        from surgery.compiler import merge, record_of
+    record = record_of(model)
+    with progress("merging", lambda: record.plan.places if record else 0) as tell:
+        merged = merge(model, tell=tell)
     with progress(f"writing {output}", lambda: bytes_of(merged)) as tell:
         save_merged(merged, output, source=Path(out), origin=manifest.origin, force=force, tell=tell)
+    kept = record_of(merged)
+    for step in kept.plan.steps if kept else ():
+        click.echo(f"Kept, since no weight can hold it: {step.statement} ({len(step.parts)} places)")
     click.echo(f"Saved in {output} ({directory_size(output)}).")

@@ -18,7 +18,7 @@ from surgery.graph.module import added_parameters
 from surgery.language.program import Program
 
 Model = TypeVar("Model", bound=nn.Module)
-Progress = Callable[[str, int, int], None]
+Tell = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,11 @@ def apply(
     *,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     tokenizer: Any = None,
-    progress: Progress | None = None,
+    tell: Tell = lambda amount: None,
 ) -> Model:
     """Transform a model in place; the same object comes back. What the program adds is trained, all else is frozen.
+
+    tell: called with the number of places done since its last call, of `plan.places` in all.
 
     Errors: those of `plan`; PlanError S104 when a text needs a tokenizer and none is given.
     """
@@ -53,7 +55,7 @@ def apply(
                 step.statement.span,
                 help="pass tokenizer=..., or use a model directory that has tokenizer files",
             )
-    return perform(plan, model, tokenizer=tokenizer, progress=progress)
+    return perform(plan, model, tokenizer=tokenizer, tell=tell)
 
 
 def perform(
@@ -62,7 +64,7 @@ def perform(
     *,
     hollow: bool = False,
     tokenizer: Any = None,
-    progress: Progress | None = None,
+    tell: Tell = lambda amount: None,
 ) -> Model:
     """Rewrite the model as planned. hollow: structure only, new tensors on the meta device, for loading into."""
     context = Context(model, tokenizer, plan.program.seed)
@@ -71,14 +73,13 @@ def perform(
     for step in plan.steps:
         operation = step.operation
         mine = []
-        for number, part in enumerate(step.parts):
+        for part in step.parts:
             site = drafts.site(step, part)
             operation.rewrite(site)
             mine.append(site)
             if not hollow and not operation.collective:
                 operation.fill([site], context)
-            if progress:
-                progress(str(step.statement), number + 1, len(step.parts))
+            tell(1)
         if not hollow and operation.collective:
             operation.fill(mine, context)
         sites.append(mine)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
 from torch import nn
 
-from surgery.compiler.apply import untouched
+from surgery.compiler.apply import Tell, untouched
 from surgery.compiler.cost import Cost
 from surgery.compiler.plan import Plan, Step
 from surgery.compiler.record import ATTRIBUTE, Record, record_of
@@ -21,7 +20,7 @@ from surgery.graph.module import Rewritten, rewritten
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def merge(model: Model, *, progress: Callable[[str, int, int], None] | None = None) -> Model:
+def merge(model: Model, *, tell: Tell = lambda amount: None) -> Model:
     """Fold what the program attached into the weights, in place; the same object comes back.
 
     Sums are taken in float32 (float64 for float64 models) and rounded once to the dtype that the weight had. 4-bit
@@ -35,14 +34,12 @@ def merge(model: Model, *, progress: Callable[[str, int, int], None] | None = No
     for parent in model.modules():
         for name, child in parent._modules.items():
             slots[id(child)].append((parent, name))
-    places = list(rewritten(model))
-    for number, (_, site) in enumerate(places):
+    for _, site in list(rewritten(model)):
         if site.facts is not None:
             _merge_one(site, slots[id(site)])
         else:
             site.settle()
-        if progress:
-            progress("merge", number + 1, len(places))
+        tell(1)
     _untie(model)
     left = _what_is_left(record.plan, model)
     if left.steps:
@@ -56,7 +53,7 @@ def _merge_one(site: Rewritten, slots: list[tuple[nn.Module, str]]) -> None:
     try:
         plain = fold(site)
     except NotAffine:
-        return  # the place keeps its graph: the plan and `unmerged` say which and why
+        return  # the place keeps its graph, and its statements stay in the model's plan
     for parent, name in slots:
         parent._modules[name] = plain
 
@@ -84,19 +81,6 @@ def _stands(module: nn.Module) -> bool:
     return isinstance(module, Rewritten) or any(
         isinstance(child, Rewritten) and child.facts is None for child in module.children()
     )
-
-
-def unmerged(model: nn.Module) -> dict[str, str]:
-    """The places that a merge leaves as they are, with the reason."""
-    from surgery.graph.fold import affine
-
-    reasons = {}
-    for path, site in rewritten(model):
-        try:
-            affine(site)
-        except NotAffine as reason:
-            reasons[path] = str(reason)
-    return reasons
 
 
 def _untie(model: nn.Module) -> None:

@@ -53,6 +53,11 @@ class Plan:
     cost: Cost
     warnings: tuple[str, ...] = ()
 
+    @property
+    def places(self) -> int:
+        """How many places are rewritten, each counted once for every step that acts there."""
+        return sum(len(step.parts) for step in self.steps)
+
     def __str__(self) -> str:
         from surgery.compiler.show import show
 

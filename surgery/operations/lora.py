@@ -130,7 +130,8 @@ class Lora(Operation):
 def magnitude_ratio(m: Tensor, weight: Tensor, a: Tensor, b: Tensor, factor: float) -> Tensor:
     """m / |W + sBA|, row by row: (out,), in m's dtype."""
     with torch.no_grad():
-        norm: Tensor = torch.linalg.vector_norm(weight.to(m.dtype) + factor * (b @ a), dim=1)
+        norm = torch.linalg.vector_norm(weight.to(m.dtype) + factor * (b @ a), dim=1)
+        norm = torch.where(norm == 0, 1, norm)  # a row that pruning has emptied has no direction, and stays zero
     return m / norm
 
 

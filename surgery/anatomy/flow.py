@@ -7,10 +7,15 @@ from functools import cached_property
 
 from torch import fx
 
+from surgery.anatomy.probe import dtype_of
 from surgery.anatomy.products import Product, Products, operator_name
 from surgery.anatomy.stacks import Lists
 from surgery.anatomy.trace import Trace, owner
 
+MAKES_NEW = {
+    "new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
+}  # fmt: skip
+LIKE_SECOND = {"type_as", "expand_as", "view_as", "reshape_as"}
 MULTIPLIES = {"matmul", "bmm", "einsum", "baddbmm", "mm"}
 
 
@@ -47,6 +52,7 @@ class Flow:
         self.stores = Products(trace)
         self.products = self.stores.find()
         self.at = {product.node: product for product in self.products}
+        self.flows = {node: carriers(node, sources) for node, sources in trace.reads.items()}
         self.reads: dict[fx.Node, int] = {}
         self.indices: dict[fx.Node, int] = {}
         self.depend()
@@ -68,6 +74,7 @@ class Flow:
             indices = reads = 0
             for source in self.trace.reads[node]:
                 indices |= self.indices[source]
+            for source in self.flows[node]:
                 reads |= self.reads[source]
             if node in bits:
                 if self.trace.given[node].is_floating_point():
@@ -125,7 +132,7 @@ class Flow:
         found, seen, waiting = [], set(), [softmax]
         while waiting:
             node = waiting.pop()
-            for source in self.trace.reads[node]:
+            for source in self.flows[node]:
                 if source in seen or not self.reads[source] or source in self.at:
                     continue
                 seen.add(source)
@@ -165,7 +172,7 @@ class Flow:
             outside = places[node] is None and self.reads[node] != 0
             enters = outside and any(places[user] is not None for user in self.trace.readers[node])
             given = node in self.trace.given and self.reads[node] != 0
-            follows = node not in self.boundaries and any(source in stream for source in self.trace.reads[node])
+            follows = node not in self.boundaries and any(source in stream for source in self.flows[node])
             if enters or given or follows or node in seeds:
                 stream.add(node)
         return stream
@@ -189,7 +196,7 @@ class Flow:
         place = self.lists.place(owner(node))
         seen, waiting = {node}, [node]
         while waiting:
-            for source in self.trace.reads[waiting.pop()]:
+            for source in self.flows[waiting.pop()]:
                 if source not in seen and self.reads[source] and self.lists.place(owner(source)) == place:
                     seen.add(source)
                     waiting.append(source)
@@ -205,7 +212,7 @@ class Flow:
             operands = self.operands(here) if operator_name(here) in MULTIPLIES | {"linear"} else []
             if len(operands) == 2 and bool(self.reads[operands[0]]) != bool(self.reads[operands[1]]):
                 return True
-            for source in self.trace.reads[here]:
+            for source in self.flows[here]:
                 if source not in seen and self.reads[source]:
                     seen.add(source)
                     waiting.append(source)
@@ -228,7 +235,7 @@ class Flow:
             if here in self.at:
                 products.append(self.at[here])
                 continue
-            for source in self.trace.reads[here]:
+            for source in self.flows[here]:
                 if source not in seen and (self.reads[source] or not self.reads[node]):
                     seen.add(source)
                     waiting.append(source)
@@ -238,3 +245,13 @@ class Flow:
     @cached_property
     def call_at(self) -> dict[fx.Node, Call]:
         return {call.node: call for call in self.calls}
+
+
+def carriers(node: fx.Node, sources: list[fx.Node]) -> list[fx.Node]:
+    """The sources whose numbers reach a node's result: not those that give a shape or a dtype, nor integers."""
+    name = operator_name(node)
+    if name in MAKES_NEW:
+        sources = [source for source in sources if source not in node.all_input_nodes]
+    elif name in LIKE_SECOND and len(node.args) > 1:
+        sources = [source for source in sources if source is not node.args[1] or source is node.args[0]]
+    return [s for s in sources if (kind := dtype_of(s)) is None or kind.is_floating_point or kind.is_complex]

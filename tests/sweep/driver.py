@@ -49,7 +49,7 @@ def shorten(config: Any, depth: int = 2) -> None:
             old.add(value)
             try:
                 setattr(config, name, depth)
-            except (AttributeError, TypeError, ValueError):
+            except (AttributeError, TypeError, ValueError, NotImplementedError):
                 continue
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) in old:

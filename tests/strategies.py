@@ -146,7 +146,7 @@ def selectors(draw: st.DrawFn, roles: tuple[str, ...], layers: int) -> Selector:
     if scope is not None:
         chosen = Intersection(chosen, scope)
     elif layers > 1 and draw(st.booleans()):
-        chosen = Difference(chosen, Layers(first=draw(st.integers(0, layers - 1))))
+        chosen = Difference(chosen, _single(draw(st.integers(0, layers - 1))))
     return chosen
 
 
@@ -154,13 +154,17 @@ def selectors(draw: st.DrawFn, roles: tuple[str, ...], layers: int) -> Selector:
 def layer_ranges(draw: st.DrawFn, layers: int) -> Layers:
     """A layer, a range of layers from either end, or the even ones. Never empty."""
     first = draw(st.integers(0, layers - 1))
-    last = draw(st.none() | st.integers(first, layers - 1))
+    last = draw(st.integers(first, layers - 1))
     form = draw(st.sampled_from(["front", "back", "even"]))
     if form == "even":
         return Layers(parity="even")
     if form == "back":
-        return Layers(first=first - layers, last=None if last is None else last - layers)
+        return Layers(first=first - layers, last=last - layers)
     return Layers(first=first, last=last)
+
+
+def _single(layer: int) -> Layers:
+    return Layers(first=layer, last=layer)
 
 
 @st.composite
@@ -193,9 +197,11 @@ def programs(draw: st.DrawFn, model: Model, exact: bool = False, merging: bool =
     made = [draw(statements(model, loras(exact), tuple(roles[:split])))]
     if draw(st.booleans()):
         made.append(draw(statements(model, loras(exact), tuple(roles[split:]))))
-    if draw(st.booleans()):
+    # pissa takes a part out of the weight, which is a conflict with whoever else changes it
+    free = all(getattr(statement.operation, "init", "") != "pissa" for statement in made)
+    if free and draw(st.booleans()):
         made.append(draw(statements(model, prunes())))
-    if not merging and draw(st.booleans()):
+    if free and not merging and draw(st.booleans()):
         made.append(Statement(draw(quantizes()), Role("base")))
     if not merging and not exact and draw(st.booleans()):
         made.append(Statement(draw(prefixes()), draw(st.just(Role("layers")) | layer_ranges(model.layers))))

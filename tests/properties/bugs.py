@@ -1,0 +1,433 @@
+"""Planted bugs: small changes to the code that somebody could make, each with the law that must notice.
+
+A bug is a function that patches, a case, and the name of the law that kills it. A law that holds without the patch and
+fails with it guards against that mistake; one that holds with it guards against nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import surgery.checkpoint.load
+import surgery.graph.attention
+import surgery.graph.attention_text
+import surgery.graph.codes
+import surgery.graph.entry
+import surgery.graph.fold
+import surgery.graph.functions
+import surgery.graph.module
+import surgery.graph.site
+import surgery.language.format
+import surgery.language.source
+import surgery.operations.lora
+import surgery.operations.prefix
+import surgery.operations.prune
+from surgery.graph.affine import RULES, Affine
+from surgery.language import parse
+from surgery.operations.base import Operation
+from surgery.operations.lora import Lora
+from tests.properties.laws import Case
+from tests.reference_decoder import Shape
+from tests.strategies import Model
+
+Patch = pytest.MonkeyPatch
+# Their packages export functions of the same names.
+planning: Any = importlib.import_module("surgery.compiler.plan")
+selecting: Any = importlib.import_module("surgery.anatomy.select")
+
+ODD = Shape(vocabulary=29, width=12, layers=3, heads=3, key_value_heads=1, ffn=21, bias=True)
+EVEN = dataclasses.replace(ODD, ffn=22)
+FUSED = dataclasses.replace(ODD, fused=True)
+TIED = dataclasses.replace(ODD, tied=True)
+CAUSAL = dataclasses.replace(ODD, attention="causal")
+
+
+@dataclass(frozen=True)
+class Bug:
+    """what: the mistake, in words. plant: makes it. law: the one that must fail. text, shape: where it is tried."""
+
+    what: str
+    law: str
+    plant: Callable[[Patch], None]
+    text: str
+    shape: Shape = ODD
+
+    def case(self) -> Case:
+        return Case(Model(self.shape, seed=1), parse(self.text))
+
+
+def _factor_inverted(patch: Patch) -> None:
+    patch.setattr(Lora, "factor", property(lambda self: self.rank / self.alpha))
+
+
+def _rs_forgotten(patch: Patch) -> None:
+    patch.setattr(Lora, "factor", property(lambda self: self.alpha / self.rank))
+
+
+def _a_transposed(patch: Patch) -> None:
+    def low_rank(x: Any, a: Tensor, b: Tensor, scale: float) -> Any:
+        return F.linear(F.linear(x, a.reshape(a.shape[1], a.shape[0]).t()), b) * scale
+
+    patch.setattr(surgery.graph.functions, "low_rank", low_rank)
+
+
+def _scale_missing_in_merge(patch: Patch) -> None:
+    original = Affine.scaled
+
+    def scaled(self: Affine, factor: Any) -> Affine:
+        return self if isinstance(factor, float) else original(self, factor)
+
+    patch.setattr(Affine, "scaled", scaled)
+
+
+def _bias_merged_twice(patch: Patch) -> None:
+    original = Affine.then
+
+    def then(self: Affine, weight: Tensor, bias: Tensor | None = None) -> Affine:
+        return original(self, weight, None if bias is None else 2 * bias)
+
+    patch.setattr(Affine, "then", then)
+
+
+def _merge_without_branch(patch: Patch) -> None:
+    patch.setitem(RULES, "add", lambda a, b, **_: a if isinstance(a, Affine) else b)
+    patch.setattr(Affine, "__add__", lambda self, other: self)
+
+
+def _backward_without_scale(patch: Patch) -> None:
+    original = surgery.graph.functions.LowRankLinear.forward
+
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        y: Tensor = original(ctx, *args)
+        ctx.scale = 1.0
+        return y
+
+    patch.setattr(surgery.graph.functions.LowRankLinear, "forward", staticmethod(forward))
+
+
+def _dora_norm_of_the_base(patch: Patch) -> None:
+    def ratio(m: Tensor, weight: Tensor, a: Tensor, b: Tensor, factor: float) -> Tensor:
+        return m / torch.linalg.vector_norm(weight, dim=1)
+
+    patch.setattr(surgery.operations.lora, "magnitude_ratio", ratio)
+
+
+def _b_not_zero(patch: Patch) -> None:
+    patch.setattr(surgery.graph.site.Site.parameter, "__defaults__", (surgery.operations.lora.normal, None))
+
+
+def _gate_open(patch: Patch) -> None:
+    original = surgery.graph.site.Site.parameter
+
+    def parameter(self: Any, name: str, shape: Any, *rest: Any, **named: Any) -> Any:
+        if name == "prefix_gate":
+            return original(self, name, shape, lambda tensor, generator: tensor.fill_(0.1))
+        return original(self, name, shape, *rest, **named)
+
+    patch.setattr(surgery.graph.site.Site, "parameter", parameter)
+
+
+def _prefix_without_its_mask(patch: Patch) -> None:
+    def mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: Any, positions: int) -> Tensor | None:
+        wide = torch.ones(query.shape[-2], key.shape[-2] + positions, dtype=torch.bool).tril()
+        return wide if mask is None or mask.dtype == torch.bool else None
+
+    patch.setattr(surgery.graph.attention, "prefixed_mask", mask)
+
+
+def _prefix_hidden(patch: Patch) -> None:
+    original = surgery.graph.attention.prefixed_mask
+
+    def mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: Any, positions: int) -> Tensor | None:
+        made = original(mask, query, key, causal, positions)
+        assert made is not None
+        made[..., 0] = False
+        return made
+
+    patch.setattr(surgery.graph.attention, "prefixed_mask", mask)
+
+
+def _prefix_unmasks_the_future(patch: Patch) -> None:
+    patch.setattr(surgery.graph.attention, "prefixed_mask", lambda *_: None)
+
+
+def _prefix_behind(patch: Patch) -> None:
+    from surgery.graph.attention_math import like
+
+    def prepend(states: Tensor, prefix: Tensor, heads: int) -> Tensor:
+        return torch.cat((states, like(prefix, states, heads)), dim=-2)
+
+    patch.setattr(surgery.graph.attention, "prepend", prepend)
+
+
+def _positions_not_shifted(patch: Patch) -> None:
+    patch.setattr(surgery.graph.entry.Shift, "__call__", lambda self, *_: None)
+
+
+def _heads_not_repeated(patch: Patch) -> None:
+    """Key-value heads repeated in the wrong order: 0 1 0 1 for 0 0 1 1."""
+    original = Tensor.repeat_interleave
+
+    def like(prefix: Tensor, states: Tensor, heads: int) -> Tensor:
+        wide = prefix.repeat(states.shape[1] // prefix.shape[0], 1, 1)
+        return wide.to(states.dtype).expand(states.shape[0], -1, -1, -1)
+
+    assert original is not None
+    patch.setattr(surgery.graph.attention_math, "like", like)
+
+
+def _one_tie_too_many(patch: Patch) -> None:
+    def largest(score: Tensor, share: float) -> Tensor:
+        count = round(share * score.numel())
+        return score > score.flatten().kthvalue(max(count, 1)).values
+
+    patch.setattr(surgery.operations.prune, "largest", largest)
+
+
+def _share_of_what_stays(patch: Patch) -> None:
+    original = surgery.operations.prune.largest
+    patch.setattr(surgery.operations.prune, "largest", lambda score, share: original(score, 1 - share))
+
+
+def _smallest_stay(patch: Patch) -> None:
+    original = surgery.operations.prune.largest
+    patch.setattr(surgery.operations.prune, "largest", lambda score, share: original(-score, share))
+
+
+def _pattern_along_the_output(patch: Patch) -> None:
+    original = surgery.operations.prune.pattern
+    patch.setattr(surgery.operations.prune, "pattern", lambda score, ratio: original(score.t(), ratio).t())
+
+
+def _zeros_forgotten(patch: Patch) -> None:
+    patch.setattr(surgery.graph.site.Site, "zero_out", lambda self, mask: None)
+
+
+def _block_boundary_off_by_one(patch: Patch) -> None:
+    original = surgery.graph.codes.encode
+
+    def encode(weight: Tensor, *options: Any) -> Any:
+        return original(weight.flatten().roll(1).view_as(weight), *options)
+
+    patch.setattr(surgery.graph.codes, "encode", encode)
+
+
+def _wrong_block_size(patch: Patch) -> None:
+    original = surgery.graph.codes.encode
+    patch.setattr(surgery.graph.codes, "encode", lambda w, form, block, double: original(w, form, 2 * block, double))
+
+
+def _quantized_before_pruned(patch: Patch) -> None:
+    order = ("shrink", "quantize", "mask", "route", "attach", "train", "schedule")
+    patch.setattr(planning, "PHASES", order)
+
+
+def _tied_weight_split(patch: Patch) -> None:
+    original = surgery.graph.module.Rewritten.build.__func__
+
+    def build(cls: Any, root: nn.Module, *rest: Any) -> Any:
+        if isinstance(root._parameters.get("weight"), nn.Parameter):
+            root._parameters["weight"] = nn.Parameter(root.weight.detach().clone(), requires_grad=False)
+        return original(cls, root, *rest)
+
+    patch.setattr(surgery.graph.module.Rewritten, "build", classmethod(build))
+
+
+def _channels_off_by_one(patch: Patch) -> None:
+    original = surgery.graph.site.Site._runs
+    patch.setattr(surgery.graph.site.Site, "_runs", lambda self: (original(self) + 1).clamp(max=self.part.shape[0] - 1))
+
+
+def _channels_ignored(patch: Patch) -> None:
+    def add(y: Any, branch: Any, channels: Tensor) -> Any:
+        start = torch.arange(len(channels))
+        return torch.index_add(y, -1, start, branch)
+
+    patch.setattr(surgery.graph.site, "add_to_channels", add)
+
+
+def _last_layer_off_by_one(patch: Patch) -> None:
+    original = selecting.indices
+
+    def indices(selector: Any, depth: int) -> Any:
+        moved = {
+            name: value + 1 if value is not None and value < -1 else value
+            for name, value in (("first", selector.first), ("last", selector.last))
+        }
+        return original(dataclasses.replace(selector, **moved), depth)
+
+    patch.setattr(selecting, "indices", indices)
+
+
+def _range_without_its_end(patch: Patch) -> None:
+    original = selecting.indices
+    patch.setattr(selecting, "indices", lambda selector, depth: list(original(selector, depth))[:-1] or [0])
+
+
+def _default_not_copied(patch: Patch) -> None:
+    original = Operation.__post_init__
+
+    def post_init(self: Any) -> None:
+        original(self)
+        if isinstance(self, Lora) and self.alpha == self.rank:
+            object.__setattr__(self, "alpha", 16.0)
+
+    patch.setattr(Operation, "__post_init__", post_init)
+
+
+def _comment_dropped(patch: Patch) -> None:
+    original = surgery.language.format._aligned
+    patch.setattr(surgery.language.format, "_aligned", lambda lines: original([(text, None) for text, _ in lines]))
+
+
+def _span_off_by_one(patch: Patch) -> None:
+    original = surgery.language.source.Source.line_column
+
+    def line_column(self: Any, offset: int) -> tuple[int, int]:
+        line, column = original(self, offset)
+        return line, column + 1
+
+    patch.setattr(surgery.language.source.Source, "line_column", line_column)
+
+
+def _conflicts_not_seen(patch: Patch) -> None:
+    patch.setattr(planning, "conflicts", lambda steps: ())
+
+
+def _one_seed_for_all(patch: Patch) -> None:
+    patch.setattr(surgery.graph.site, "seed_of", lambda *words: 7)
+
+
+def _seed_by_counting(patch: Patch) -> None:
+    counter = iter(range(10**6))
+    patch.setattr(surgery.graph.site, "seed_of", lambda *words: next(counter))
+
+
+def _joint_not_marked(patch: Patch) -> None:
+    """A branch that nothing can switch off."""
+
+    def add_to_output(self: Any, branch: Any) -> None:
+        self._give(self.call(surgery.graph.site.add_branch, self.output, branch))
+
+    patch.setattr(surgery.graph.site.Site, "add_to_output", add_to_output)
+
+
+def _branch_in_place(patch: Patch) -> None:
+    """Switching back on forgets to, after the first time off."""
+    original = surgery.graph.module.Rewritten.switch
+
+    def switch(self: Any, off: Any) -> None:
+        original(self, off or self.off)
+
+    patch.setattr(surgery.graph.module.Rewritten, "switch", switch)
+
+
+def _base_still_trained(patch: Patch) -> None:
+    original = nn.Parameter.requires_grad_
+    patch.setattr(nn.Parameter, "requires_grad_", lambda self, wanted=True: original(self, True))
+
+
+def _statement_not_written(patch: Patch) -> None:
+    patch.setattr(surgery.graph.site.Site, "_ours", lambda self, node: node)
+
+
+def _loaded_without_the_last_bit(patch: Patch) -> None:
+    original = surgery.checkpoint.load.put
+
+    def put(held: Any, tensor: Tensor) -> None:
+        original(held, tensor.bfloat16().to(tensor.dtype) if tensor.is_floating_point() else tensor)
+
+    patch.setattr(surgery.checkpoint.load, "put", put)
+
+
+def _copies_share(patch: Patch) -> None:
+    """A deep copy that keeps the original's trained tensors."""
+    original = surgery.graph.module.Rewritten.__deepcopy__
+
+    @functools.wraps(original)
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        for name, parameter in self._parameters.items():
+            if name in self.added:
+                memo[id(parameter)] = parameter
+        return original(self, memo)
+
+    patch.setattr(surgery.graph.module.Rewritten, "__deepcopy__", deepcopy)
+
+
+def _merge_of_half(patch: Patch) -> None:
+    """Sums of a merge are taken narrow."""
+    original = Affine.dense
+    patch.setattr(Affine, "dense", lambda self: original(self).to(torch.bfloat16).to(self.dtype))
+
+
+LORA = "lora rank 2 alpha 5 on attn.q,v + ffn.down"
+BUGS: tuple[Bug, ...] = (
+    Bug("alpha / rank inverted", "formula", _factor_inverted, LORA),
+    Bug("`scale rs` scales as usual", "formula", _rs_forgotten, "lora rank 2 alpha 5 scale rs on ffn"),
+    Bug("A read transposed", "formula", _a_transposed, LORA),
+    Bug("scale missing in the merge", "merge", _scale_missing_in_merge, LORA),
+    Bug("bias merged twice", "merged weights", _bias_merged_twice, LORA),
+    Bug("branch missing in the merge", "merge", _merge_without_branch, LORA),
+    Bug("merge sums taken in 16 bits", "merge", _merge_of_half, LORA),
+    Bug("scale missing in the backward pass", "gradients", _backward_without_scale, LORA),
+    Bug("DoRA divides by the base's norm", "formula", _dora_norm_of_the_base, "lora rank 2 dora on attn.o"),
+    Bug("B does not start at zero", "identity", _b_not_zero, LORA),
+    Bug("the gate starts open", "identity", _gate_open, "prefix 2 gated on all layers"),
+    Bug("prefix without its mask", "soft equals hard", _prefix_without_its_mask, "prefix 3 on all layers"),
+    Bug("one position of the prefix hidden", "soft equals hard", _prefix_hidden, "prefix 3 on all layers"),
+    Bug("the prefix unmasks later tokens", "causal", _prefix_unmasks_the_future, "prefix 3 on all layers"),
+    Bug("prefix behind the keys", "soft equals hard", _prefix_behind, "prefix 3 on all layers", CAUSAL),
+    Bug("positions not shifted", "soft equals hard", _positions_not_shifted, "prefix 3 on all layers"),
+    Bug(
+        "key-value heads repeated in the wrong order",
+        "soft equals hard",
+        _heads_not_repeated,
+        "prefix 3 on all layers",
+        dataclasses.replace(ODD, width=24, heads=4, key_value_heads=2),
+    ),
+    Bug("`>` for `>=` at the threshold", "zeros", _one_tie_too_many, "prune magnitude 50% on ffn"),
+    Bug("the share is what stays", "zeros", _share_of_what_stays, "prune magnitude 30% on ffn"),
+    Bug("the smallest weights stay", "zeros", _smallest_stay, "prune magnitude 50% on ffn"),
+    Bug("pattern along the wrong axis", "zeros", _pattern_along_the_output, "prune magnitude 1:2 on ffn", EVEN),
+    Bug("pruned weights are not zeroed", "zeros", _zeros_forgotten, "prune magnitude 50% on ffn"),
+    Bug("block boundary off by one", "codes", _block_boundary_off_by_one, "quantize base nf4"),
+    Bug("block size doubled", "codes", _wrong_block_size, "quantize base nf4"),
+    Bug(
+        "quantized before it is pruned",
+        "codes",
+        _quantized_before_pruned,
+        "quantize base nf4; prune magnitude 50% on ffn",
+    ),
+    Bug("a tied weight split", "ties", _tied_weight_split, "lora rank 2 on embed", TIED),
+    Bug("channels of a fused projection off by one", "formula", _channels_off_by_one, "lora rank 2 on attn.q,v", FUSED),
+    Bug("channels of a fused projection ignored", "formula", _channels_ignored, "lora rank 2 on attn.v", FUSED),
+    Bug("layer -2 off by one", "plans count", _last_layer_off_by_one, "lora rank 1 on attn.q in layers -2"),
+    Bug(
+        "a range of layers without its end",
+        "plans count",
+        _range_without_its_end,
+        "lora rank 1 on attn.q in layers 0..1",
+    ),
+    Bug("a default changed", "defaults", _default_not_copied, LORA),
+    Bug("a comment dropped", "comments stay", _comment_dropped, LORA),
+    Bug("a span off by one", "errors point", _span_off_by_one, LORA),
+    Bug("conflicts not seen", "conflicts", _conflicts_not_seen, LORA),
+    Bug("every tensor has the same seed", "seeds", _one_seed_for_all, LORA),
+    Bug("seeds by counting", "order", _seed_by_counting, "lora rank 1 on attn.q; lora rank 1 on ffn.up"),
+    Bug("a branch that cannot be switched off", "off", _joint_not_marked, LORA),
+    Bug("off stays off", "off", _branch_in_place, LORA),
+    Bug("the base is still trained", "frame", _base_still_trained, LORA),
+    Bug("nodes do not say whose they are", "graphs", _statement_not_written, LORA),
+    Bug("loaded through 16 bits", "round trip", _loaded_without_the_last_bit, LORA),
+    Bug("a deep copy shares what is trained", "copies", _copies_share, LORA),
+)

@@ -70,8 +70,14 @@ class Flow:
 
     def depend(self) -> None:
         bits = {node: 1 << place for place, node in enumerate(self.trace.given)}
+        computed: set[fx.Node] = set()
         for node in self.trace.nodes:
             indices = reads = 0
+            if node in self.at and self.at[node].kind == "lookup" and self.at[node].input in computed:
+                # Rows picked by what the model computed (an expert's bias), not by what it was given.
+                self.products.remove(self.at.pop(node))
+            if node in self.at or any(source in computed for source in self.trace.reads[node]):
+                computed.add(node)
             for source in self.trace.reads[node]:
                 indices |= self.indices[source]
             for source in self.flows[node]:

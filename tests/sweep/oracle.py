@@ -18,7 +18,7 @@ MIXERS = r"(mamba|mixer|linear_attn|temporal_block|mlstm_layer)"
 FEEDS = r"(mlp|ffn|feed_forward|shared_experts?|mlp_block)"
 
 RULES: tuple[tuple[str, frozenset[str]], ...] = (
-    (r"(lm_head|lm_loss|vocab_projector|pred_layer|embed_out|output_projection)[^.]*(\.|:|$)", frozenset({"head"})),
+    (r"(lm_head|lm_loss|vocab_projector|pred_layer|embed_out|output_projection:)", frozenset({"head"})),
     (r"hyper_connection|_hc:|per_layer_|low_rank|lora_", frozenset()),
     (r"(pooler|transform|projection_head)\b", frozenset()),
     (r"token_type_embed|segment_embed", frozenset({"lookup", "embed"})),

@@ -111,10 +111,9 @@ def _replay(model: nn.Module, manifest: Manifest) -> Plan:
 
 def remember(model: nn.Module, plan: Plan) -> None:
     """Record the plan with the tensors as they are now, so that later writes to the base are noticed."""
-    from surgery.compiler.apply import untouched
-    from surgery.compiler.record import ATTRIBUTE, Record
+    from surgery.compiler.record import ATTRIBUTE, remembered
 
-    model.__dict__[ATTRIBUTE] = Record(plan, untouched(model))
+    model.__dict__[ATTRIBUTE] = remembered(plan, model)
 
 
 def _fill(held: dict[str, Held], manifest: Manifest, headers: list[Header], tell: files.Tell) -> None:

@@ -11,10 +11,10 @@ from torch import nn
 from surgery.compiler.drafts import Drafts
 from surgery.compiler.plan import Plan
 from surgery.compiler.plan import plan as make_plan
-from surgery.compiler.record import ATTRIBUTE, Record
+from surgery.compiler.record import ATTRIBUTE, Record, unselected
 from surgery.errors import PlanError
 from surgery.graph import entry
-from surgery.graph.module import added_parameters
+from surgery.graph.fingerprint import fingerprints
 from surgery.language.program import Program
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -68,6 +68,7 @@ def perform(
 ) -> Model:
     """Rewrite the model as planned. hollow: structure only, new tensors on the meta device, for loading into."""
     context = Context(model, tokenizer, plan.program.seed)
+    before = {} if hollow else fingerprints(model, unselected(plan, model))
     drafts = Drafts(model, hollow, plan.program.seed)
     sites = []
     for step in plan.steps:
@@ -91,15 +92,6 @@ def perform(
     if not hollow:
         for step, mine in zip(plan.steps, sites, strict=True):
             step.operation.finish(mine, context)
-    model.__dict__[ATTRIBUTE] = Record(plan, untouched(model))
+    start = {} if hollow else fingerprints(model)
+    model.__dict__[ATTRIBUTE] = Record(plan, before, start)
     return model
-
-
-def untouched(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Address and version of every tensor that the program did not add: both change when somebody writes to it."""
-    added = set(added_parameters(model))
-    return {
-        name: (parameter.data_ptr(), parameter._version)
-        for name, parameter in model.named_parameters()
-        if name not in added
-    }

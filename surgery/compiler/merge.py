@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from torch import nn
 
-from surgery.compiler.apply import Tell, untouched
+from surgery.compiler.apply import Tell
 from surgery.compiler.cost import Cost
 from surgery.compiler.plan import Plan, Step
-from surgery.compiler.record import ATTRIBUTE, Record, record_of
+from surgery.compiler.record import ATTRIBUTE, record_of, remembered
 from surgery.errors import GraphError
 from surgery.graph.affine import NotAffine
 from surgery.graph.fold import fold
@@ -43,7 +43,7 @@ def merge(model: Model, *, tell: Tell = lambda amount: None) -> Model:
     _untie(model)
     left = _what_is_left(record.plan, model)
     if left.steps:
-        model.__dict__[ATTRIBUTE] = Record(left, untouched(model))
+        model.__dict__[ATTRIBUTE] = remembered(left, model)
     else:
         del model.__dict__[ATTRIBUTE]
     return model

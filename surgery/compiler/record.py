@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from surgery.compiler.plan import Plan
 from surgery.errors import GraphError
+from surgery.graph.fingerprint import fingerprints
 from surgery.graph.module import added_parameters, rewritten, switched
 
 ATTRIBUTE = "_surgery"
@@ -17,10 +18,31 @@ ATTRIBUTE = "_surgery"
 
 @dataclass(frozen=True)
 class Record:
-    """The plan that was applied. versions: of the untouched tensors then, to tell whether anything wrote to them."""
+    """The plan that was applied, and fingerprints by which to tell later what was written to.
+
+    untouched: of the tensors that no statement selected, before anything was done. start: of all tensors when it was
+    done. Of a model that was loaded, both are from after that, and `start` leaves out what is trained.
+    """
 
     plan: Plan
-    versions: dict[str, tuple[int, int]]
+    untouched: Mapping[str, str]
+    start: Mapping[str, str]
+
+
+def unselected(plan: Plan, model: nn.Module) -> list[str]:
+    """Names of the tensors that no statement acts on; one on an attention call leaves its tensors alone."""
+    selected = {part.path for step in plan.steps for part in step.parts if part.kind != "attention"}
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    added = added_parameters(model)
+    return [name for name in names if name.rpartition(".")[0] not in selected and name not in added]
+
+
+def remembered(plan: Plan, model: nn.Module) -> Record:
+    """The record of a model whose tensors are as a plan says already."""
+    now = fingerprints(model)
+    trained = added_parameters(model)
+    frozen = {name: print_ for name, print_ in now.items() if name not in trained}
+    return Record(plan, {name: now[name] for name in unselected(plan, model)}, frozen)
 
 
 def record_of(model: nn.Module) -> Record | None:

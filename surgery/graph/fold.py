@@ -14,7 +14,7 @@ def affine(site: Rewritten) -> Affine:
     facts = site.facts
     if facts is None:
         raise NotAffine("it is not a linear map or a lookup")
-    wide = torch.float64 if facts.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if _dtype(site, facts) == torch.float64 else torch.float32
     width = facts.shape[0] if facts.lookup else facts.shape[1]
     training = site.training
     try:
@@ -37,7 +37,7 @@ def fold(site: Rewritten) -> nn.Module:
     facts = site.facts
     value = affine(site)
     assert facts is not None
-    matrix = value.dense().to(facts.dtype)
+    matrix = value.dense().to(_dtype(site, facts))
     weight = matrix.t() if facts.lookup or facts.transposed else matrix
     module = site.original if facts.plain else _fresh(facts, value.offset is not None)
     module.train(site.training)
@@ -59,9 +59,15 @@ def _hold(module: nn.Module, name: str, value: Tensor, site: Rewritten) -> None:
     module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
+def _dtype(site: Rewritten, facts: Facts) -> torch.dtype:
+    """Of the weight as it is now, if the model was cast since it was rewritten; codes come back as wide as they were."""
+    weight = site._parameters.get("weight")
+    return weight.dtype if weight is not None and weight.is_floating_point() else facts.dtype
+
+
 def _bias_dtype(site: Rewritten, facts: Facts) -> torch.dtype:
     bias = site._parameters.get("bias")
-    return facts.dtype if bias is None else bias.dtype
+    return _dtype(site, facts) if bias is None else bias.dtype
 
 
 def _fresh(facts: Facts, bias: bool) -> nn.Module:

@@ -18,11 +18,13 @@ def verify(
     model: nn.Module,
     *,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
     seed: int = 0,
 ) -> Report:
     """Check every promise of the program that was applied to a model. The model is left as it was, to the bit.
 
     example_inputs: what a plain torch module is called with; without them only its places are checked, not the whole.
+    tokenizer: reads the texts of `init text`, which is not checked without it.
     seed: of the random numbers that places are tried on.
     Errors: PromiseError S501 when no program was applied to the model, or it has been merged. A promise that does not
     hold is no error here: the report says so and is false.
@@ -39,7 +41,7 @@ def verify(
             help="verify it before merging",
         )
     args, kwargs = _inputs(model, example_inputs)
-    subject = Subject(model, record.plan, args, kwargs, seed)
+    subject = Subject(model, record.plan, args, kwargs, tokenizer, seed)
     declared = {name for step in record.plan.steps for name in step.operation.promises()} | set(ALWAYS)
     wanted = [check for name, checks in PROMISES.items() if name in declared for check in checks]
     findings = [finding for check in wanted for finding in check(subject)]

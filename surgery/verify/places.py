@@ -186,11 +186,10 @@ def _independent(module: Rewritten, x: Tensor) -> Tensor:
     wide = draft.evaluate(draft.captured.weight).detach()
     bias = module._parameters.get("bias")
     if draft.captured.product.target is F.embedding:
-        return F.embedding(x, wide)
+        return F.embedding(x, wide)  # type: ignore[no-any-return]
     if draft.captured.product.target is linear_as:
         compute = next(each for each in draft.captured.product.args if isinstance(each, torch.dtype))
-        product: Tensor = linear_as(x, wide, bias, compute)
-        return product
+        return torch.as_tensor(linear_as(x, wide, bias, compute))
     return F.linear(x, wide.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 

@@ -67,11 +67,12 @@ def _weight_and_mask(module: nn.Module, step: Step, part: Part) -> tuple[Tensor,
         return weight, weight != 0
     draft = Draft(module, part.path, part.parameter)
     site = Site(draft, part, str(step.statement), step.statement.name, step.operation.verb)
-    stored = draft.tensor(part.parameter).detach()
-    if stored.is_floating_point():  # as it lies there: evaluating the graph would multiply the mask in
-        weight = stored.t() if part.transposed else stored
-    else:
+    weight = draft.tensor(part.parameter).detach()
+    # As it lies there, where it is no code: evaluating the graph would multiply the mask in.
+    if not weight.is_floating_point():
         weight = site.evaluate(site.weight)
+    elif part.transposed:
+        weight = weight.t()
     bits = site.data("weight_mask")
     mask = unpack_bits(bits, weight.t().shape if part.transposed else weight.shape)
     mask = mask.t() if part.transposed else mask

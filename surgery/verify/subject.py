@@ -42,13 +42,15 @@ class Place:
 class Subject:
     """The model, what was done to it, and inputs to run it on (None where nobody knows what a plain module takes).
 
-    args, kwargs: of the model's forward. seed: of all random numbers of the checks.
+    args, kwargs: of the model's forward. tokenizer: to read the texts of the program, where there is one.
+    seed: of all random numbers of the checks.
     """
 
     model: nn.Module
     plan: Plan
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
+    tokenizer: Any = None
     seed: int = 0
 
     @property

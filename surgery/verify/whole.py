@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from surgery.anatomy.parts import Part
 from surgery.compiler.plan import Step
 from surgery.compiler.record import parameters, record_of
+from surgery.graph.fingerprint import changed, fingerprints
 from surgery.graph.module import Rewritten, rewritten
-from surgery.verify.bits import changed, fingerprints
 from surgery.verify.report import Finding
 from surgery.verify.subject import Subject
 
@@ -25,7 +25,7 @@ ROUND_TRIP_LIMIT = 2 << 30
 
 def attention_off_means_off(subject: Subject) -> Iterator[Finding]:
     """With what is attached to attention switched off and on again, the model gives the bits it gave before."""
-    steps = [step for step in _attention_steps(subject) if "off_means_off" in step.operation.promises()]
+    steps = [step for step in attention_steps(subject) if "off_means_off" in step.operation.promises()]
     if not steps:
         return
     statements = "; ".join(str(step.statement) for step in steps)
@@ -33,7 +33,7 @@ def attention_off_means_off(subject: Subject) -> Iterator[Finding]:
         yield _not_run("off_means_off", statements)
         return
     on = subject.output()
-    with _attention_switched(subject.model):
+    with attention_switched(subject.model):
         off = subject.output()
     again = subject.output()
     yield Finding("off_means_off", "attention", float((again != on).sum()), 0.0, statements, "on again")
@@ -43,18 +43,18 @@ def attention_off_means_off(subject: Subject) -> Iterator[Finding]:
 
 def attention_identity(subject: Subject) -> Iterator[Finding]:
     """Attention statements that promise it: with their tensors as they start, on and off give the same bits."""
-    steps = [step for step in _attention_steps(subject) if "identity_at_init" in step.operation.promises()]
+    steps = [step for step in attention_steps(subject) if "identity_at_init" in step.operation.promises()]
     if not steps:
         return
     statements = "; ".join(str(step.statement) for step in steps)
-    others = [step for step in _attention_steps(subject) if step not in steps]
+    others = [step for step in attention_steps(subject) if step not in steps]
     if not subject.runs or others:
         reason = f"`{others[0].statement}` is at the same attention calls" if others else "no inputs to run it on"
         yield Finding("identity_at_init", "attention", statement=statements, skipped=reason)
         return
     with _gates_closed(subject.model):
         on = subject.output()
-        with _attention_switched(subject.model):
+        with attention_switched(subject.model):
             off = subject.output()
     sites = sum(len(step.parts) for step in steps)
     yield Finding("identity_at_init", "attention", float((on != off).sum()), 0.0, statements, sites=sites)
@@ -91,12 +91,14 @@ def frame(subject: Subject) -> Iterator[Finding]:
         trained &= declared
     for name in sorted(trained - declared):
         yield Finding("frame", name, float("inf"), 1.0, note="it is trained, and no statement says so")
-    prints: Mapping[str, str] | None = getattr(record, "prints", None)
-    if not prints:
-        yield Finding("frame", "model", 0.0, 0.0, note="bits are those whose digests were checked at loading")
+    if record is None or not record.start:
+        yield Finding("frame", "model", skipped="nothing is known of how it was")
         return
-    moved = changed(prints, subject.model)
+    moved = changed(record.untouched, subject.model)
     yield Finding("frame", moved[0] if moved else "model", len(moved), 0.0, note="tensors that no statement selected")
+    frozen = {name: print_ for name, print_ in record.start.items() if name not in trained}
+    moved = changed(frozen, subject.model)
+    yield Finding("frame", moved[0] if moved else "model", len(moved), 0.0, note="frozen tensors since it was applied")
 
 
 def round_trip(subject: Subject) -> Iterator[Finding]:
@@ -126,12 +128,12 @@ def round_trip(subject: Subject) -> Iterator[Finding]:
     wrong = changed(fingerprints(model), loaded)
     yield Finding("round_trip", wrong[0] if wrong else "model", len(wrong), 0.0, note="tensors")
     if subject.runs:
-        other = Subject(loaded.to(device), subject.plan, subject.args, subject.kwargs, subject.seed)
+        other = Subject(loaded.to(device), subject.plan, subject.args, subject.kwargs, None, subject.seed)
         error_count = float((other.output() != subject.output()).sum())
         yield Finding("round_trip", "model", error_count, 0.0, note="numbers of the output")
 
 
-def _attention_steps(subject: Subject) -> list[Step]:
+def attention_steps(subject: Subject) -> list[Step]:
     return [step for step in subject.plan.steps if any(part.kind == "attention" for part in step.parts)]
 
 
@@ -144,7 +146,7 @@ def _attention_sites(model: nn.Module) -> list[tuple[str, Rewritten]]:
 
 
 @contextmanager
-def _attention_switched(model: nn.Module) -> Iterator[None]:
+def attention_switched(model: nn.Module) -> Iterator[None]:
     """Everything that is attached to attention off, and only that."""
     before = [(module, module.off) for _, module in _attention_sites(model)]
     try:

@@ -13,16 +13,14 @@ WHOLE = 1 << 16
 
 
 def fingerprint(tensor: Tensor) -> str:
-    """Of dtype, shape and bits; `meta` where there are none."""
+    """Dtype, shape, and a digest of the bits; `meta` where there are none."""
     if tensor.is_meta:
         return "meta"
     flat = tensor.detach().reshape(-1)
     if flat.numel() > WHOLE:
         flat = flat[:: flat.numel() // WHOLE]
-    data = flat.contiguous().cpu().view(torch.uint8) if flat.numel() else flat
-    digest = hashlib.blake2b(data.numpy().tobytes() if data.numel() else b"", digest_size=16)
-    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    return digest.hexdigest()
+    data = flat.contiguous().cpu().view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.blake2b(data, digest_size=16).hexdigest()}"
 
 
 def fingerprints(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, str]:
@@ -33,6 +31,10 @@ def fingerprints(model: nn.Module, names: Iterable[str] | None = None) -> dict[s
 
 
 def changed(before: Mapping[str, str], model: nn.Module) -> tuple[str, ...]:
-    """Names whose bits are others now, or that are gone."""
+    """Names whose bits are others now, or that are gone. A tensor that was cast to another dtype is not compared."""
     now = fingerprints(model, before)
-    return tuple(name for name, print_ in before.items() if now.get(name) != print_)
+    return tuple(name for name, old in before.items() if _differs(old, now.get(name)))
+
+
+def _differs(old: str, new: str | None) -> bool:
+    return new is None or (new != old and new.partition(" ")[0] == old.partition(" ")[0])

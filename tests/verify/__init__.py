@@ -1,0 +1,1 @@
+"""Reports, bounds, and that verification sees what is broken."""

@@ -60,7 +60,7 @@ def _hold(module: nn.Module, name: str, value: Tensor, site: Rewritten) -> None:
 
 
 def _dtype(site: Rewritten, facts: Facts) -> torch.dtype:
-    """Of the weight as it is now, if the model was cast since it was rewritten; codes come back as wide as they were."""
+    """Of the weight as it is now, the model may have been cast; codes come back as wide as they were."""
     weight = site._parameters.get("weight")
     return weight.dtype if weight is not None and weight.is_floating_point() else facts.dtype
 

@@ -93,6 +93,7 @@ def test_it_compiles_as_one_graph(family: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bert", "t5"])
 def test_every_dtype_runs_and_trains(family: str, dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ from tests import zoo
 from tests.conformance.peers import linear_maps, load_into, peft_lora
 from tests.reference_decoder import Shape, reference_decoder
 
+SLOWER = ("qwen2", "gpt_neox", "bert", "opt", "phi3", "t5")
 OPTIONS = {"plain": {}, "rs": {"rs": True}, "dora": {"dora": True}, "dora rs": {"dora": True, "rs": True}}
 WRITTEN = {"plain": "", "rs": " scale rs", "dora": " dora", "dora rs": " dora scale rs"}
 
@@ -22,7 +23,9 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2", "gpt_neox", "bert", "opt", "phi3", "t5"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma", "gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOWER)]
+)
 def test_float32_logits_equal_pefts(family: str, option: str) -> None:
     one = zoo.specimen(family)
     untouched = one.logits()
@@ -37,6 +40,7 @@ def test_float32_logits_equal_pefts(family: str, option: str) -> None:
     assert distance(untouched, wanted) > 0.01, "adapters without an effect prove nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_float64_logits_equal_pefts(family: str, option: str) -> None:

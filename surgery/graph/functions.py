@@ -77,7 +77,9 @@ def _forward(
     Products of a narrow matrix run fastest with the narrow side first, and the wide product is the one to accumulate:
     it reads its output anyway. With b = 0 that gives the bits of the plain map.
     """
-    inner = torch.mm(a, x.t()).mul_(scale)
+    inner = torch.mm(a, x.t())
+    if scale != 1:
+        inner.mul_(scale)
     branch = torch.mm(inner.t(), b.t()) if bias is None else torch.addmm(bias, inner.t(), b.t())
     return branch.addmm_(x, weight.t()), inner
 

@@ -281,10 +281,12 @@ def gradients_are_those_of_the_written_graph(case: Case) -> None:
             module.forward = partial(torch.fx.Interpreter(module, graph=module.full).run)
     torch.manual_seed(0)
     case_loss(model, case).backward()
-    for name, parameter in surgery.parameters(model).items():
-        scale = parameter.grad.abs().max()
-        assert scale > 0, f"{name} gets no gradient"
-        assert torch.allclose(found[name], parameter.grad, rtol=0, atol=1e-10 * scale), name
+    wanted = {name: parameter.grad for name, parameter in surgery.parameters(model).items()}
+    # What cancels in one gradient is rounded as the others are.
+    largest = max((gradient.abs().max().item() for gradient in wanted.values()), default=0.0)
+    for name, gradient in wanted.items():
+        assert gradient.abs().max() > 0, f"{name} gets no gradient"
+        assert torch.allclose(found[name], gradient, rtol=0, atol=1e-10 * largest), name
 
 
 def case_loss(model: nn.Module, case: Case) -> Tensor:
@@ -491,7 +493,8 @@ def causal_and_independent(case: Case) -> None:
     wanted = case.run(model)
     tokens = case.model.tokens.clone()
     tokens[:, -1] = (tokens[:, -1] - 3 + 1) % (case.model.shape.vocabulary - 3) + 3
-    slack = 1e-9 * wanted.abs().max()
+    # `compute fp32` rounds as float32 does, and differently for another number of rows.
+    slack = (1e-5 if case.has(Quantize) else 1e-9) * wanted.abs().max()
     assert (case.run(model, tokens) - wanted)[:, :-1].abs().max() <= slack
     assert (case.run(model, tokens) - wanted)[:, -1].abs().max() > slack
     assert (case.run(model, case.model.tokens[:1]) - wanted[:1]).abs().max() <= slack

@@ -100,7 +100,8 @@ class LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, inner = ctx.saved_tensors
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
-        outer = torch.mm(b.t().contiguous().mul_(ctx.scale), g.t())
+        # A copy always: `contiguous` of a rank-1 b is b itself, the parameter.
+        outer = torch.mm(b.t().clone(memory_format=torch.contiguous_format).mul_(ctx.scale), g.t())
         grad_a = torch.mm(outer, x) if ctx.needs_input_grad[3] else None
         grad_b = torch.mm(inner, g).t() if ctx.needs_input_grad[4] else None
         grad_x = None

@@ -115,6 +115,17 @@ def _backward_without_scale(patch: Patch) -> None:
     patch.setattr(surgery.graph.functions.LowRankLinear, "forward", staticmethod(forward))
 
 
+def _backward_in_place(patch: Patch) -> None:
+    """The backward pass scales the parameter itself."""
+    original = surgery.graph.functions.LowRankLinear.backward
+
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.saved_tensors[3].data.mul_(ctx.scale)
+        return original(ctx, *gradients)
+
+    patch.setattr(surgery.graph.functions.LowRankLinear, "backward", staticmethod(backward))
+
+
 def _dora_norm_of_the_base(patch: Patch) -> None:
     def ratio(m: Tensor, weight: Tensor, a: Tensor, b: Tensor, factor: float) -> Tensor:
         return m / torch.linalg.vector_norm(weight, dim=1)
@@ -380,6 +391,7 @@ BUGS: tuple[Bug, ...] = (
     Bug("branch missing in the merge", "merge", _merge_without_branch, LORA),
     Bug("merge sums taken in 16 bits", "merge", _merge_of_half, LORA),
     Bug("scale missing in the backward pass", "gradients", _backward_without_scale, LORA),
+    Bug("the backward pass writes to a parameter", "gradients", _backward_in_place, LORA),
     Bug("DoRA divides by the base's norm", "formula", _dora_norm_of_the_base, "lora rank 2 dora on attn.o"),
     Bug("B does not start at zero", "identity", _b_not_zero, LORA),
     Bug("the gate starts open", "identity", _gate_open, "prefix 2 gated on all layers"),

@@ -273,7 +273,9 @@ def gradients_are_those_of_the_written_graph(case: Case) -> None:
     model = case.apply().train()
     randomise(model)
     torch.manual_seed(0)
+    before = bits(model)
     case_loss(model, case).backward()
+    assert same(before, bits(model)), "a backward pass wrote to the model"
     found = {name: parameter.grad.clone() for name, parameter in surgery.parameters(model).items()}
     model.zero_grad()
     for _, module in rewritten(model):

@@ -288,7 +288,8 @@ def gradients_are_those_of_the_written_graph(case: Case) -> None:
     largest = max((gradient.abs().max().item() for gradient in wanted.values()), default=0.0)
     for name, gradient in wanted.items():
         assert gradient.abs().max() > 0, f"{name} gets no gradient"
-        assert torch.allclose(found[name], gradient, rtol=0, atol=1e-10 * largest), name
+        slack = 1e-5 if case.has(Quantize) else 1e-10  # `compute fp32` rounds on its way
+        assert torch.allclose(found[name], gradient, rtol=0, atol=slack * largest), name
 
 
 def case_loss(model: nn.Module, case: Case) -> Tensor:

@@ -67,12 +67,12 @@ def _weight_and_mask(module: nn.Module, step: Step, part: Part) -> tuple[Tensor,
         return weight, weight != 0
     draft = Draft(module, part.path, part.parameter)
     site = Site(draft, part, str(step.statement), step.statement.name, step.operation.verb)
-    weight = draft.tensor(part.parameter).detach()
+    held = draft.root._parameters.get(part.parameter)
     # As it lies there, where it is no code: evaluating the graph would multiply the mask in.
-    if not weight.is_floating_point():
+    if held is None or not held.is_floating_point():
         weight = site.evaluate(site.weight)
-    elif part.transposed:
-        weight = weight.t()
+    else:
+        weight = held.detach().t() if part.transposed else held.detach()
     bits = site.data("weight_mask")
     mask = unpack_bits(bits, weight.t().shape if part.transposed else weight.shape)
     mask = mask.t() if part.transposed else mask

@@ -43,16 +43,22 @@ def train_the_base(model: Any) -> None:
     model.lm_head.weight.requires_grad_(True)
 
 
+def codes_of(layer: Any) -> torch.Tensor:
+    held = (*layer.self_attn.q_proj.parameters(), *layer.self_attn.q_proj.buffers())
+    (codes,) = (tensor for tensor in held if tensor.dtype == torch.uint8 and tensor.dim() == 2)
+    return codes
+
+
 def repack_codes(model: Any) -> None:
     """What bitsandbytes' own layer does to its codes at a no-grad forward on some processors, or nearly."""
-    codes = model.model.layers[0].self_attn.q_proj.weight
+    codes = codes_of(model.model.layers[0])
     codes.data = codes.data.view(-1, 2).flip(1).reshape(codes.shape).contiguous()
 
 
 def shift_codes(model: Any) -> None:
     """Codes that are not where their block is."""
     for layer in model.model.layers:
-        codes = layer.self_attn.q_proj.weight
+        codes = codes_of(layer)
         codes.data = codes.data.roll(16, 0).contiguous()
 
 

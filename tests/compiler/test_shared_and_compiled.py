@@ -291,11 +291,25 @@ def test_one_place_of_a_shared_module_is_told_to_be_more() -> None:
     """Planning: whoever selects a shared module in one layer is warned that it stands in another."""
     program = surgery.parse("lora rank 2 on ffn.up in layers 1")
     plan = surgery.plan(program, sharing(), example_inputs=FED)
-    told = [each for each in plan.warnings if "blocks.0.wide" in each]
-    assert told, plan.warnings
-    assert "blocks.1.wide" in told[0] or str(plan.steps[0].statement) in told[0]
+    told = [each for each in plan.warnings if "blocks.0.wide" in each and "merging" not in each]
+    assert len(told) == 1, plan.warnings
+    assert str(program.statements[0]) in told[0]
+    assert "blocks.1.wide" in told[0]
     alone = surgery.plan(program, zoo.plain("nano", dtype=torch.float32), example_inputs=FED)
     assert not any("blocks.0.wide" in each for each in alone.warnings)
+    whole = surgery.plan(surgery.parse("lora rank 2 on ffn.up"), sharing(), example_inputs=FED)
+    assert not [each for each in whole.warnings if "too" in each], "all its places were selected"
+
+
+def test_a_shared_module_is_not_untied_by_a_merge() -> None:
+    """Planning: a warning is true. One module that stands twice stays one; two modules with one tensor become two."""
+    program = surgery.parse("lora rank 2 on ffn.up")
+    assert not [w for w in surgery.plan(program, sharing(), example_inputs=FED).warnings if "unties" in w]
+    tied = zoo.plain("nano", dtype=torch.float32)
+    tied.blocks[1].wide.weight = tied.blocks[0].wide.weight
+    told = [w for w in surgery.plan(program, tied, example_inputs=FED).warnings if "unties" in w]
+    assert told
+    assert all("blocks.0.wide" in each and "blocks.1.wide" in each for each in told)
 
 
 def test_statements_that_meet_in_a_shared_module_can_conflict() -> None:

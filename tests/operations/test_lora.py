@@ -144,11 +144,11 @@ def test_the_padding_token_is_not_trained() -> None:
         made = rewrite(module, Lora(rank=2))
         ids = torch.tensor([[padding, 1, 2], [padding, 5, 1]])
         assert torch.equal(made(ids), module(ids))
-        made(ids).square().sum().backward()
+        (made(ids) * torch.randn(2, 3, 9)).sum().backward()
         gradient = made.get_parameter("a0_lora_A").grad
         assert gradient is not None
         assert bool((gradient[:, padding] == 0).all())
         assert bool((gradient[:, [1, 2, 5]] != 0).any(0).all())
     plain = rewrite(nn.Embedding(11, 9), Lora(rank=2))
-    plain(torch.tensor([0])).square().sum().backward()
+    plain(torch.tensor([0])).sum().backward()
     assert bool((plain.get_parameter("a0_lora_A").grad[:, 0] != 0).any())

@@ -41,8 +41,10 @@ def layout(model: nn.Module) -> Layout:
     for path, name, node in _quantized(model):
         module = model.get_submodule(path)
         assert isinstance(module, Rewritten)
+        name = name.removesuffix("_codes")
         weight = f"{path}.{name}"
         packed.add(path)
+        keys[f"{weight}_codes"] = weight
         format, block, shape, dtype = node.args[5:9]
         keys |= {
             f"{weight}_{ours}": f"{weight}.{theirs}"

@@ -84,6 +84,8 @@ def perform(
         if not hollow and operation.collective:
             operation.fill(mine, context)
         sites.append(mine)
+    for draft in drafts:
+        draft.finish()  # all that can fail has been done when the first of them is installed
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for draft in drafts:

@@ -10,20 +10,27 @@ from torch import Tensor, nn
 
 from surgery.anatomy.parts import Part
 from surgery.errors import Diagnostic, PlanError, SurgeryError
+from surgery.graph.affine import NotAffine
+from surgery.graph.fold import affine
 
 if TYPE_CHECKING:
+    from surgery.compiler.drafts import Drafts
     from surgery.compiler.plan import Step
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts of numbers, and bytes of all tensors, of the model before and after, and of what each step adds."""
+    """Counts of numbers, and bytes of all tensors, of the model before and after, and of what each step adds.
+
+    unmerged: what to say of places that are no plain maps, and that a merge will leave.
+    """
 
     parameters: int
     bytes_before: int
     bytes_after: int
     added: tuple[int, ...]
     bytes: tuple[int, ...]
+    unmerged: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> int:
@@ -65,11 +72,13 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0) -> Cost:
     added, changed = [0] * len(steps), [0] * len(steps)
     seen: dict[object, list[tuple[int, int, int]]] = {}
     problems: list[Diagnostic] = []
+    unmerged: list[str] = []
     for place, visits in _places(steps):
         kind = _kind(model, place, visits)
         if kind not in seen:
             try:
                 seen[kind] = _visit(drafts, steps, visits)
+                unmerged += _reason(drafts, steps, visits)
             except SurgeryError as error:
                 problems += error.diagnostics
                 seen[kind] = []
@@ -82,7 +91,7 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0) -> Cost:
         for tensor in drafts.pools[str(step.statement)].values():
             added[index] += tensor.numel()
             changed[index] += _size(tensor)
-    return Cost(sum(parameters.values()), before, before + sum(changed), tuple(added), tuple(changed))
+    return Cost(sum(parameters.values()), before, before + sum(changed), tuple(added), tuple(changed), tuple(unmerged))
 
 
 def _places(steps: Sequence[Step]) -> Iterable[tuple[tuple[str, bool], list[tuple[int, Part]]]]:
@@ -119,6 +128,19 @@ def _visit(drafts: Any, steps: Sequence[Step], visits: list[tuple[int, Part]]) -
         costs.append((index, trained, sum(map(_size, new)) - sum(map(_size, gone))))
         before = after
     return costs
+
+
+def _reason(drafts: Drafts, steps: Sequence[Step], visits: list[tuple[int, Part]]) -> list[str]:
+    """Why a module with a forward of its own cannot take what is attached to it, where the plan says that it merges."""
+    index, part = visits[-1]
+    facts = getattr(drafts.site(steps[index], part).draft, "facts", None)
+    if facts is None or facts.plain or "merges" not in steps[index].operation.promises():
+        return []
+    try:
+        affine(drafts.model.get_submodule(part.path), facts)
+    except NotAffine as reason:
+        return [f"`{steps[index].statement}` cannot merge at {part.path}: {reason}"]
+    return []
 
 
 def _tensors(root: nn.Module) -> dict[int, Tensor]:

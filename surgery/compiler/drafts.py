@@ -11,6 +11,7 @@ from surgery.anatomy.parts import Part
 from surgery.compiler.plan import Step
 from surgery.graph.attention import AttentionDraft, AttentionSite
 from surgery.graph.draft import Draft
+from surgery.graph.module import standings
 from surgery.graph.site import Site
 
 
@@ -21,10 +22,7 @@ class Drafts:
         self.model, self.hollow, self.seed = model, hollow, seed
         self.made: dict[tuple[str, bool], Draft | AttentionDraft] = {}
         self.pools: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
-        self.slots: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
-        for parent in model.modules():
-            for name, child in parent._modules.items():
-                self.slots[id(child)].append((parent, name))
+        self.slots = standings(model)
 
     def __iter__(self) -> Iterator[Draft | AttentionDraft]:
         return iter(self.made.values())

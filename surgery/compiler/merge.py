@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import replace
 from typing import TypeVar
 
@@ -15,7 +14,7 @@ from surgery.compiler.record import ATTRIBUTE, record_of, remembered
 from surgery.errors import GraphError
 from surgery.graph.affine import NotAffine
 from surgery.graph.fold import fold
-from surgery.graph.module import Rewritten, rewritten
+from surgery.graph.module import Rewritten, added_parameters, rewritten, standings
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -24,22 +23,25 @@ def merge(model: Model, *, tell: Tell = lambda amount: None) -> Model:
     """Fold what the program attached into the weights, in place; the same object comes back.
 
     Sums are taken in float32 (float64 for float64 models) and rounded once to the dtype that the weight had. 4-bit
-    weights come back at that width. Places that no matrix can stand for keep their graph, reduced where possible.
-    A tensor that was tied to another and changes is untied. Error: GraphError S311 when the model was not transformed.
+    weights come back at that width. Places that no matrix can stand for keep their graph.
+    A tensor that was tied to another and changes is untied. Errors: GraphError S311 when
+    the model was not transformed, S312 when something is switched off.
     """
     record = record_of(model)
     if record is None:
         raise GraphError.of("S311", "the model was not transformed, there is nothing to merge")
-    slots: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            slots[id(child)].append((parent, name))
-    for _, site in list(rewritten(model)):
-        if site.facts is not None:
-            _merge_one(site, slots[id(site)])
-        else:
-            site.settle()
+    _all_on(model)
+    slots = standings(model)
+    folded: list[tuple[Rewritten, nn.Module]] = []
+    for _, site in rewritten(model):
+        try:
+            folded.append((site, fold(site)))
+        except NotAffine:
+            site.settle()  # the place keeps its graph, and its statements stay in the model's plan
         tell(1)
+    for site, plain in folded:
+        for parent, name in slots[id(site)]:
+            parent._modules[name] = plain
     _untie(model)
     left = _what_is_left(record.plan, model)
     if left.steps:
@@ -49,13 +51,14 @@ def merge(model: Model, *, tell: Tell = lambda amount: None) -> Model:
     return model
 
 
-def _merge_one(site: Rewritten, slots: list[tuple[nn.Module, str]]) -> None:
-    try:
-        plain = fold(site)
-    except NotAffine:
-        return  # the place keeps its graph, and its statements stay in the model's plan
-    for parent, name in slots:
-        parent._modules[name] = plain
+def _all_on(model: nn.Module) -> None:
+    off = sorted({str(name) for _, site in rewritten(model) for name in site.off})
+    if off:
+        raise GraphError.of(
+            "S312",
+            f"`{'`, `'.join(off)}` {'is' if len(off) == 1 else 'are'} switched off, and a merge would lose what is off",
+            help="switch all on first: `surgery.activate(model)`",
+        )
 
 
 def _what_is_left(plan: Plan, model: nn.Module) -> Plan:
@@ -73,7 +76,8 @@ def _what_is_left(plan: Plan, model: nn.Module) -> Plan:
 def _cost(plan: Plan, model: nn.Module, steps: int) -> Cost:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     size = sum(t.numel() * t.element_size() for t in tensors)
-    return Cost(plan.cost.parameters, size, size, (0,) * steps, (0,) * steps)
+    added = sum(tensor.numel() for tensor in added_parameters(model).values())
+    return Cost(plan.cost.parameters, size, size, (added, *(0,) * (steps - 1)), (0,) * steps)
 
 
 def _stands(module: nn.Module) -> bool:
@@ -89,5 +93,12 @@ def _untie(model: nn.Module) -> None:
     if not getattr(config, "tie_word_embeddings", False):
         return
     inside, outside = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    if inside is not None and outside is not None and inside.weight is not outside.weight:
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
+    if inside is None or outside is None or inside.weight is outside.weight:
+        return
+    config.tie_word_embeddings = False  # type: ignore[union-attr]
+    seen: set[int] = set()
+    for module in model.modules():  # transformers ties all or nothing: other tensors in two places would get lost
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) in seen:
+                module.register_parameter(name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            seen.add(id(parameter))

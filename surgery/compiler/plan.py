@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from surgery.anatomy import select, study
 from surgery.anatomy.parts import Anatomy, Part, Stack
 from surgery.compiler.conflicts import conflicts
+from surgery.compiler.shared import at_one_place, elsewhere, standings
 from surgery.errors import Diagnostic, PlanError, SurgeryError
 from surgery.language.program import Program, Statement
 from surgery.operations.base import Operation, Phase
@@ -124,38 +125,41 @@ def plan(
     if tokenizer is not None:
         read = (replace(each, operation=each.operation.read(tokenizer)) for each in program.statements)
         program = replace(program, statements=tuple(read))
-    steps = tuple(sorted(_steps(program, anatomy), key=_order))
+    resolved, shared = _steps(program, anatomy, standings(model))
+    steps = tuple(sorted(resolved, key=_order))
     found = conflicts(steps)
     if found:
         raise PlanError(*found)
     cost = measure(steps, model, program.seed)
-    return Plan(program, anatomy, steps, cost, warnings(steps, anatomy, model))
+    return Plan(program, anatomy, steps, cost, (*shared, *cost.unmerged, *warnings(steps, anatomy, model)))
 
 
 def _order(step: Step) -> tuple[int, str]:
     return PHASES.index(step.operation.phase), str(step.statement)
 
 
-def _steps(program: Program, anatomy: Anatomy) -> list[Step]:
+def _steps(program: Program, anatomy: Anatomy, shared: Mapping[str, list[str]]) -> tuple[list[Step], list[str]]:
+    """The statements with their parts, and what to warn of where modules stand in several places."""
     steps: list[Step] = []
+    warnings: list[str] = []
     problems: list[Diagnostic] = []
     for statement in program.statements:
         try:
-            parts = _parts(statement, anatomy)
+            chosen = select(anatomy, statement.selector, statement.operation.acts_on)
+            parts = _parts(statement, at_one_place(chosen, shared))
         except SurgeryError as error:
             problems += error.diagnostics
             continue
+        warnings += elsewhere(statement, chosen, shared)
         problems += _misfits(statement, parts)
         steps.append(Step(statement, parts))
     if problems:
         raise PlanError(*problems)
-    return steps
+    return steps, warnings
 
 
-def _parts(statement: Statement, anatomy: Anatomy) -> tuple[Part, ...]:
-    operation = statement.operation
-    parts = select(anatomy, statement.selector, operation.acts_on)
-    if operation.granularity != "part":
+def _parts(statement: Statement, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    if statement.operation.granularity != "part":
         parts = tuple(_joined(group) for group in _by_path(parts))
     if statement.expect is not None and statement.expect != len(parts):
         raise PlanError.of(

@@ -8,7 +8,7 @@ Whatever is not affine says so by raising `NotAffine`, which is the reason that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,8 +33,10 @@ class Affine:
         offset: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         one_hot: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.width, self.matrix, self.offset, self.dtype, self.one_hot = width, matrix, offset, dtype, one_hot
+        self.device = matrix.device if matrix is not None else device
 
     @property
     def shape(self) -> torch.Size:
@@ -43,7 +45,7 @@ class Affine:
 
     def dense(self) -> Tensor:
         """The matrix, with the identity written out."""
-        return torch.eye(self.width, dtype=self.dtype) if self.matrix is None else self.matrix
+        return torch.eye(self.width, dtype=self.dtype, device=self.device) if self.matrix is None else self.matrix
 
     def then(self, weight: Tensor, bias: Tensor | None = None) -> Affine:
         """The value after y = weight x + bias; weight is (out, in)."""
@@ -59,7 +61,11 @@ class Affine:
 
     def _number(self, value: Any) -> Tensor:
         """A constant in this value's dtype; a Python number goes there directly and not by way of float32."""
-        return value.detach().to(self.dtype) if isinstance(value, Tensor) else torch.as_tensor(value, dtype=self.dtype)
+        return (
+            value.detach().to(self.dtype)
+            if isinstance(value, Tensor)
+            else torch.as_tensor(value, dtype=self.dtype, device=self.device)
+        )
 
     def scaled(self, factor: Any) -> Affine:
         """Times a number, or times a vector over the features."""
@@ -90,7 +96,8 @@ class Affine:
         if shift.dim() > 1 and shift.numel() != shift.shape[-1]:
             raise NotAffine("the summand differs between positions")
         shift = sign * shift.reshape(-1).expand(self.width)
-        return Affine(self.width, self.matrix, shift if self.offset is None else self.offset + shift, self.dtype)
+        offset = shift if self.offset is None else self.offset + shift
+        return Affine(self.width, self.matrix, offset, self.dtype, device=self.device)
 
     def rows(self, index: Tensor) -> Affine:
         """Only these features."""
@@ -144,6 +151,21 @@ class Affine:
         if name.startswith("__"):
             raise AttributeError(name)
         raise NotAffine(f"`.{name}` is not known to be affine")
+
+    def _not_affine(self, other: Any = None) -> NoReturn:
+        raise NotAffine("it is compared, raised to a power, or divides")
+
+    __pow__ = __rpow__ = __rtruediv__ = __mod__ = __floordiv__ = _not_affine
+    __lt__ = __le__ = __gt__ = __ge__ = _not_affine
+
+    def __getitem__(self, key: Any) -> NoReturn:
+        raise NotAffine("some of its entries are picked")
+
+    def __abs__(self) -> NoReturn:
+        raise NotAffine("its absolute value is taken")
+
+    def __bool__(self) -> NoReturn:
+        raise NotAffine("a decision depends on it")
 
     @classmethod
     def __torch_function__(

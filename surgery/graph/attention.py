@@ -50,6 +50,7 @@ class AttentionDraft:
         self.part, self.path, self.hollow = part, part.path, hollow
         self.pool: Pool = {} if pool is None else pool
         self.root = nn.Module()
+        self.made: Shifting | None = None
         self.added: list[str] = []
         self.by_interface = attention_interface.through_interface(module) and not isinstance(module, Rewritten)
         reference = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), None)
@@ -96,9 +97,11 @@ class AttentionDraft:
         return value
 
     def finish(self) -> Rewritten:
-        """The module to install."""
-        self.graph.lint()
-        return Shifting.build(self.root, self.graph, self.original, tuple(self.added))
+        """The module to install; nothing of the model is touched."""
+        if self.made is None:
+            self.graph.lint()
+            self.made = Shifting.build(self.root, self.graph, self.original, tuple(self.added))
+        return self.made
 
     def install(self, model: nn.Module) -> Rewritten:
         """Put the rewritten call into the model."""

@@ -6,6 +6,7 @@ Nothing in the model changes until the compiler installs the drafts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from surgery.graph.capture import Captured, capture
 from surgery.graph.module import Facts, Rewritten, duplicate
 
-LANDMARKS = ("input", "product", "weight", "stored")
+LANDMARKS = ("input", "product", "weight", "stored", "output")
 
 
 class Draft:
@@ -33,18 +34,20 @@ class Draft:
         hollow: bool = False,
         slots: Sequence[tuple[nn.Module, str]] = (),
     ) -> None:
+        self.exact: list[str] = []
+        self.made: Rewritten | None = None
         self.path, self.hollow, self.slots = path, hollow, slots
         self.actions: list[Callable[[], Any]] = []
         self.root = nn.Module()
         if isinstance(module, Rewritten):
+            assert module.facts is not None, "an attention call is rewritten by an AttentionDraft"
             self.original, self.added, self.facts = module.original, list(module.added), module.facts
             graph = duplicate(module.full)
             nodes = {mark: node for node in graph.nodes for mark in node.meta.get("landmarks", ())}
-            (result,) = (n.args[0] for n in graph.nodes if n.op == "output")
-            self.captured = Captured(graph=graph, output=result, **nodes)
+            self.captured = Captured(graph=graph, **nodes)
         else:
             self.original, self.added = module, []
-            self.captured = capture(module, path, parameter)
+            self.captured = capture(module, path, parameter, slots[0][0] if slots else None)
             weight = module._parameters[parameter]
             assert weight is not None
             self.facts = Facts(
@@ -70,7 +73,12 @@ class Draft:
     @property
     def transposed(self) -> bool:
         """Whether the weight is stored (in, out)."""
-        return self.captured.weight.target is torch.t
+        return self.captured.transposed
+
+    @property
+    def device(self) -> torch.device:
+        """Where the original's tensors are."""
+        return next(self.original.parameters(), torch.empty(0)).device
 
     @property
     def graph(self) -> fx.Graph:
@@ -86,12 +94,16 @@ class Draft:
         self.actions.append(action)
 
     def finish(self) -> Rewritten:
-        """The module to install."""
+        """The module to install; nothing of the model is touched."""
+        if self.made is not None:
+            return self.made
         # fx cannot ask a graph that belongs to no module yet whether calling its children (dropout) has side effects.
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         self.mark()
         self.graph.lint()
-        return Rewritten.build(self.root, self.graph, self.original, tuple(self.added), self.facts)
+        facts = replace(self.facts, exact=(*self.facts.exact, *self.exact))
+        self.made = Rewritten.build(self.root, self.graph, self.original, tuple(self.added), facts)
+        return self.made
 
     def install(self, model: nn.Module) -> Rewritten:
         """Put the finished module wherever the original stands."""

@@ -9,18 +9,18 @@ from surgery.graph.affine import Affine, NotAffine
 from surgery.graph.module import Facts, Rewritten
 
 
-def affine(site: Rewritten) -> Affine:
-    """What a site computes in evaluation, as a matrix and an offset. NotAffine tells the reason when it cannot."""
-    facts = site.facts
+def affine(site: nn.Module, facts: Facts | None) -> Affine:
+    """What a map computes in evaluation, as a matrix and an offset. NotAffine tells the reason when it cannot."""
     if facts is None:
         raise NotAffine("it is not a linear map or a lookup")
-    wide = torch.float64 if _dtype(site, facts) == torch.float64 else torch.float32
+    wide = torch.float64 if facts.dtype == torch.float64 else torch.float32
     width = facts.shape[0] if facts.lookup else facts.shape[1]
+    device = next(site.parameters()).device
     training = site.training
     try:
         site.eval()
         with torch.no_grad():
-            value = site(Affine(width, dtype=wide, one_hot=facts.lookup))
+            value = site(Affine(width, dtype=wide, one_hot=facts.lookup, device=device))
     finally:
         site.train(training)
     if not isinstance(value, Affine):
@@ -29,25 +29,67 @@ def affine(site: Rewritten) -> Affine:
 
 
 def fold(site: Rewritten) -> nn.Module:
-    """The plain module that computes what the site does, its sums taken wide and rounded once to the base's dtype.
+    """The original module again, computing what the site does; sums are taken wide and rounded once.
 
-    The original module comes back with a new weight; where its forward did more than a plain map, an nn.Linear or
-    nn.Embedding takes its place. A tensor that would not change stays the same object, and stays tied.
+    Where the original's forward does more than a plain map, the tensors are those that make it compute the site's
+    matrix and offset; NotAffine when there are none. A tensor that would not change stays the same object, and tied.
+    The site itself is not touched, but its original may hold other tensors afterwards: put the result in its place.
     """
     facts = site.facts
-    value = affine(site)
+    value = affine(site, facts)
     assert facts is not None
-    matrix = value.dense().to(_dtype(site, facts))
-    weight = matrix.t() if facts.lookup or facts.transposed else matrix
-    module = site.original if facts.plain else _fresh(facts, value.offset is not None)
+    module = site.original
     module.train(site.training)
-    _hold(module, "weight", weight.contiguous(), site)
-    offset = value.offset
-    if offset is not None or getattr(module, "bias", None) is not None:
-        if offset is None:
-            offset = torch.zeros(facts.shape[0])
-        _hold(module, "bias", offset.to(_bias_dtype(site, facts)), site)
+    matrix, offset = value.dense(), value.offset
+    if not facts.plain:
+        matrix, offset = _undone(module, facts, matrix, offset, site._parameters.get("bias"))
+    dtype = _dtype(site, facts)
+    weight = matrix.to(dtype)
+    _hold(module, "weight", (weight.t() if facts.lookup or facts.transposed else weight).contiguous(), site)
+    bias = site._parameters.get("bias")
+    if offset is not None or bias is not None:
+        offset = torch.zeros(facts.shape[0], device=matrix.device) if offset is None else offset
+        _hold(module, "bias", offset.to(dtype if bias is None else bias.dtype), site)
     return module
+
+
+def _undone(
+    module: nn.Module, facts: Facts, matrix: Tensor, offset: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The stored matrix and bias for which a module with a forward of its own computes the given ones.
+
+    Solved where the forward multiplies its weight by a number and adds its bias as it is: tried on the matrix itself.
+    """
+    before = dict(module._parameters)
+    try:
+        found = _tried(module, facts, matrix)
+        factor = float(
+            (found.dense() * matrix).sum() / (matrix * matrix).sum().clamp(min=torch.finfo(matrix.dtype).tiny)
+        )
+        if factor == 0:
+            raise NotAffine("its own forward does not use its weight as it is")
+        found = _tried(module, facts, matrix / factor)  # a forward that normalises, say, gives another factor now
+        error = (found.dense() - matrix).abs().max()
+        if not error <= 16 * torch.finfo(facts.dtype).eps * matrix.abs().max():
+            raise NotAffine("its own forward changes its weight by more than a factor")
+        extra = None if bias is None else bias.detach().to(matrix.dtype)
+        if found.offset is not None:
+            if extra is None:
+                extra = torch.zeros_like(found.offset)
+            extra = (extra if offset is None else offset + extra) - found.offset
+        if bias is None and extra is not None and bool(extra.any()):
+            raise NotAffine("it would need a bias, which it does not have")
+        return matrix / factor, None if bias is None else extra
+    finally:
+        module._parameters.clear()
+        module._parameters.update(before)
+
+
+def _tried(module: nn.Module, facts: Facts, matrix: Tensor) -> Affine:
+    """What a module computes with this (out, in) matrix as its weight, or (width, vocabulary) table."""
+    stored = matrix.t() if facts.lookup or facts.transposed else matrix
+    module.register_parameter("weight", nn.Parameter(stored.to(facts.dtype).contiguous(), requires_grad=False))
+    return affine(module, facts)
 
 
 def _hold(module: nn.Module, name: str, value: Tensor, site: Rewritten) -> None:
@@ -60,18 +102,6 @@ def _hold(module: nn.Module, name: str, value: Tensor, site: Rewritten) -> None:
 
 
 def _dtype(site: Rewritten, facts: Facts) -> torch.dtype:
-    """Of the weight as it is now, the model may have been cast; codes come back as wide as they were."""
+    """Of the weight as it is now, the model may have been cast; codes come back as wide as they would be by now."""
     weight = site._parameters.get("weight")
-    return weight.dtype if weight is not None and weight.is_floating_point() else facts.dtype
-
-
-def _bias_dtype(site: Rewritten, facts: Facts) -> torch.dtype:
-    bias = site._parameters.get("bias")
-    return _dtype(site, facts) if bias is None else bias.dtype
-
-
-def _fresh(facts: Facts, bias: bool) -> nn.Module:
-    rows, columns = facts.shape
-    if facts.lookup:
-        return nn.Embedding(rows, columns, device="meta")
-    return nn.Linear(columns, rows, bias=bias, device="meta")
+    return facts.dtype if weight is None else weight.dtype

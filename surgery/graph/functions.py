@@ -57,6 +57,7 @@ def low_rank_linear(x: Any, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
         or torch.compiler.is_compiling()
         or x.dtype != a.dtype
         or x.dtype != weight.dtype
+        or not x.is_contiguous()  # torch takes another path there, with other rounding
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or torch.is_autocast_enabled(x.device.type)
@@ -111,6 +112,8 @@ class LowRankLinear(torch.autograd.Function):
 
 
 def linear_as(x: Any, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
-    """weight x + bias computed in another dtype, back in x's."""
+    """weight x + bias computed in another dtype, back in x's. Merging takes the tensors as they are."""
+    if not isinstance(x, Tensor):
+        return F.linear(x, weight, bias)
     product = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return product.to(x.dtype)

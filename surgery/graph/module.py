@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+CODES = "weight_codes"
 PASSED_ON = ("in_features", "out_features", "num_embeddings", "embedding_dim", "padding_idx", "nf", "nx")
 
 
@@ -33,6 +35,7 @@ class Facts:
     """shape: (out, in), or (vocabulary, width) of a lookup. dtype: of the base's weight at full width.
 
     plain: the original computes what its class's standard forward does, so that it can hold a folded weight.
+    exact: buffers whose bits mean something, which a cast of the model must leave alone.
     """
 
     shape: tuple[int, int]
@@ -40,6 +43,7 @@ class Facts:
     lookup: bool
     transposed: bool
     plain: bool
+    exact: tuple[str, ...] = ()
 
 
 class Rewritten(fx.GraphModule):
@@ -78,6 +82,10 @@ class Rewritten(fx.GraphModule):
             if hasattr(original, name):
                 object.__setattr__(module, name, getattr(original, name))
         module._describe(full, original, added, frozenset(), facts)
+        if facts is not None and "weight" not in module._parameters:
+            # Some models ask a map for its weight's dtype or shape. Whoever reads its values gets no numbers.
+            blank = torch.full((1, 1), torch.nan, dtype=facts.dtype, device=next(module.parameters()).device)
+            object.__setattr__(module, "weight", blank.expand(facts.shape))
         return module
 
     def _describe(self, *values: Any) -> None:
@@ -102,7 +110,13 @@ class Rewritten(fx.GraphModule):
         """Run without these branches; None stands for every branch, and an empty container switches all on again."""
         wanted = frozenset(name for name in self.branches() if name in off or None in off)
         if wanted != self.off:
+            before = self.off
             object.__setattr__(self, "off", wanted)
+            # A class for each state, kept: what compilers have made of one is keyed by the class, and stays right.
+            known = self.__dict__.setdefault("_classes", {})
+            known.setdefault(before, type(self))
+            self.__class__ = known.get(wanted) or type(type(self).__name__, type(self).__bases__, {})
+            known[wanted] = type(self)
             self.graph = lower(without(self.full, wanted))
 
     def settle(self) -> None:
@@ -111,6 +125,32 @@ class Rewritten(fx.GraphModule):
     def branches(self) -> set[str]:
         """Names of what can be switched off here."""
         return {node.meta["joint"] for node in self.full.nodes if "joint" in node.meta}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Codes go by the name of the weight that they stand for, as bitsandbytes has it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if f"{prefix}{CODES}" in destination:
+            destination[f"{prefix}weight"] = destination.pop(f"{prefix}{CODES}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if CODES in self._parameters and f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}{CODES}"] = state_dict.pop(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        facts = self.facts
+        kept = {} if facts is None else {name: self._buffers[name] for name in facts.exact}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in kept.items():
+            if tensor is not None:  # moved as bytes, which no cast touches
+                moved = fn(tensor.reshape(-1).view(torch.uint8))
+                self._buffers[name] = moved.view(tensor.dtype).reshape(tensor.shape)
+        if facts is not None:
+            blank = fn(torch.empty((1, 1), dtype=facts.dtype, device=next(self.parameters()).device))
+            object.__setattr__(self, "facts", replace(facts, dtype=blank.dtype))
+            if "weight" in self.__dict__:
+                object.__setattr__(self, "weight", blank.fill_(torch.nan).expand(facts.shape))
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
         copied: Rewritten = super().__deepcopy__(memo)  # type: ignore[assignment]
@@ -127,6 +167,8 @@ class Rewritten(fx.GraphModule):
                 object.__setattr__(copied, name, self.__dict__[name])
         full, original = copy.deepcopy(self.full, memo), copy.deepcopy(self.original, memo)
         copied._describe(full, original, self.added, self.off, self.facts)
+        if "weight" in self.__dict__:
+            object.__setattr__(copied, "weight", copy.deepcopy(self.__dict__["weight"], memo))
         return copied
 
 
@@ -135,7 +177,9 @@ def without(full: fx.Graph, off: Container[str | None]) -> fx.Graph:
     graph = duplicate(full)
     for node in list(graph.nodes):
         if node.meta.get("joint") in off and "joint" in node.meta:
-            node.replace_all_uses_with(node.args[0])
+            base = node.args[0]
+            base.meta["landmarks"] = (*base.meta.get("landmarks", ()), *node.meta.get("landmarks", ()))
+            node.replace_all_uses_with(base)
     for node in reversed(list(graph.nodes)):
         if "statement" in node.meta and not node.users:
             graph.erase_node(node)
@@ -148,6 +192,15 @@ def duplicate(graph: fx.Graph) -> fx.Graph:
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph, {}))
     return copied
+
+
+def standings(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every place (parent, child name) where a module stands, by its id; shared modules stand in several."""
+    places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            places[id(child)].append((parent, name))
+    return places
 
 
 def rewritten(model: nn.Module) -> Iterator[tuple[str, Rewritten]]:

@@ -69,17 +69,29 @@ class Site:
     def input(self) -> fx.Node:
         """x: what the product reads."""
         x: Any = self.draft.captured.product.args[0]
-        return self.draft.captured.input if self.draft.captured.product.target is torch.addmm else x
+        return x  # type: ignore[no-any-return]
+
+    @property
+    def padding(self) -> int | None:
+        """The row of a lookup's table that is never trained."""
+        padding: Any = self.draft.captured.product.args[2]
+        return padding  # type: ignore[no-any-return]
 
     @property
     def output(self) -> fx.Node:
-        """What the site gives so far."""
+        """The product with the branches that it has so far."""
         return self.draft.captured.output
 
     @property
     def weight(self) -> fx.Node:
         """The (out, in) weight as the product reads it, masked or dequantized."""
         return self.draft.captured.weight
+
+    @property
+    def weight_is_stored(self) -> bool:
+        """Whether the product reads the weight as it is stored, at most transposed."""
+        weight = self.weight
+        return weight is self.stored or (weight.target is torch.t and weight.args[0] is self.stored)
 
     @property
     def stored(self) -> fx.Node:
@@ -100,7 +112,7 @@ class Site:
     @property
     def device(self) -> torch.device:
         """Where new tensors are made."""
-        return torch.device("meta") if self.draft.hollow else self.draft.tensor(self.part.parameter).device
+        return torch.device("meta") if self.draft.hollow else self.draft.device
 
     def evaluate(self, node: fx.Node) -> Tensor:
         """The value of a node that does not depend on the input, such as the weight."""
@@ -120,7 +132,7 @@ class Site:
 
     def set_rows(self, stored: Tensor, rows: Tensor) -> None:
         """Write the part's rows of a tensor that lies as the weight is stored."""
-        wide = stored.t() if self.part.transposed else stored
+        wide = stored.t() if self.draft.facts.transposed else stored
         wide[self._runs() if self.part.channels is not None else slice(None)] = rows
 
     def _runs(self) -> Tensor:
@@ -144,9 +156,11 @@ class Site:
         self._fill(tensor, name, init)
         return self._attribute(name, nn.Parameter(tensor))
 
-    def buffer(self, name: str, tensor: Tensor, persistent: bool = True) -> fx.Node:
-        """A new tensor that is not trained. It is moved to the site's device."""
+    def buffer(self, name: str, tensor: Tensor, persistent: bool = True, exact: bool = False) -> fx.Node:
+        """A new tensor that is not trained, moved to the site's device. exact: a cast of the model leaves it alone."""
         full = self.full_name(name)
+        if exact:
+            self.draft.exact.append(full)
         self.draft.root.register_buffer(full, tensor.to(self.device), persistent)
         self.draft.added.append(full)
         return self._get(full)
@@ -172,8 +186,7 @@ class Site:
         if name in self.draft.root._buffers:
             return self._get(name)
         # Not through self.device: an index is needed as it is, also where tensors are hollow.
-        device = self.draft.tensor(self.part.parameter).device
-        self.draft.root.register_buffer(name, self._runs().to(device), persistent=False)
+        self.draft.root.register_buffer(name, self._runs().to(self.draft.device), persistent=False)
         return self._get(name)
 
     def base_without_bias(self) -> fx.Node:
@@ -213,7 +226,6 @@ class Site:
         new.meta["dtype"] = dtype
         captured.weight = captured.stored = new
         self._rewire(old, new)
-        self.draft.graph.eliminate_dead_code()
 
     def replace_product(self, function: Callable[..., Any], *more: Any) -> None:
         """Let another function with the same first operands take the product."""
@@ -239,15 +251,15 @@ class Site:
         """Zero the stored weight where the mask is False, once every statement has succeeded."""
 
         def zero() -> None:
-            weight = self.draft.tensor(self.part.parameter)
-            if weight.shape == mask.shape:  # it may have become codes, which were taken from the masked weight
+            weight = self.draft.root._parameters.get(self.part.parameter)
+            if weight is not None:  # else it has become codes, which were taken from the masked weight
                 weight.data.mul_(mask)
 
         self.draft.at_the_end(zero)
 
-    def put(self, name: str, tensor: Tensor) -> fx.Node:
-        """Hold a tensor under one of the base's names, as a frozen parameter."""
-        self.draft.root._parameters.pop(name, None)
+    def put_codes(self, name: str, tensor: Tensor) -> fx.Node:
+        """Hold a frozen tensor in place of the weight, under a name that stays whatever the statement's."""
+        self.draft.root._parameters.pop(self.part.parameter, None)
         self.draft.root.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         with self.draft.graph.inserting_before(next(iter(self.draft.graph.nodes))):
             return self._ours(self._unchecked(name))
@@ -256,18 +268,13 @@ class Site:
         """Change the base: its weight less `rows` (out of this part, in), for inits that start from the weight."""
         stored = self.draft.tensor(self.part.parameter)
         changed = stored.detach().clone()
-        kept = self.rows_of(changed.t() if self.part.transposed else changed)
-        self.set_rows(changed, kept - rows.to(stored.dtype))
+        kept = self.rows_of(changed.t() if self.draft.facts.transposed else changed)
+        self.set_rows(changed, (kept.to(rows.dtype) - rows).to(stored.dtype))  # rounded once
         self.draft.root.register_parameter(self.part.parameter, nn.Parameter(changed, requires_grad=False))
 
-    def get(self, name: str) -> fx.Node:
-        """The node of a tensor by its full name."""
-        return self._get(name)
-
     def _give(self, node: fx.Node) -> None:
-        (end,) = (n for n in self.draft.graph.nodes if n.op == "output")
-        end.args = (node,)
-        self.draft.captured.output = node
+        old, self.draft.captured.output = self.output, node
+        self._rewire(old, node)
 
     def _ours(self, node: fx.Node) -> fx.Node:
         node.meta["statement"] = self.statement
@@ -313,7 +320,7 @@ class Site:
         readers = [user for user in old.users if user not in ancestors]
         first = min(readers, default=None)
         for node in list(self.draft.graph.nodes):
-            if first is not None and node in ancestors and node.op == "call_function" and first < node:
+            if first is not None and node in ancestors and node.op.startswith("call") and first < node:
                 first.prepend(node)
         for reader in readers:
             reader.replace_input_with(old, new)

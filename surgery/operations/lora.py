@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from surgery.errors import GraphError
 from surgery.lazy import functional, functions, torch
 from surgery.operations.base import (
     Count,
@@ -69,21 +70,34 @@ class Lora(Operation):
             return f"rank {self.rank} on a {part.width} x {part.shape[1]} matrix, whose rank is at most {narrow}"
         if part.kind == "lookup" and (self.dora or self.init == "pissa"):
             return f"{'dora' if self.dora else 'init pissa'} needs a linear map, not a lookup"
+        if part.tied and self.init == "pissa":
+            return f"init pissa changes its weight, which is shared with {', '.join(part.tied)}"
         return None
+
+    def warnings(self, parts: Sequence[Part], anatomy: Any, model: Any) -> Iterable[str]:
+        if self.init == "pissa":
+            yield f"switched off, `{self}` leaves the base without its largest singular values"
 
     def promises(self) -> tuple[str, ...]:
         if self.init == "pissa":
-            return ("identity_to_rounding", "merges")
+            return ("merges",)  # what the base was is only known to rounding once it has changed
         return ("identity_at_init", "merges", "off_means_off")
 
     def claims(self, name: str | None) -> tuple[str, ...]:
-        # PiSSA changes the base's weight, which masks and codes hold fast.
-        return (f"adapter {name or 'default'}", *(("mask", "codes") if self.init == "pissa" else ()))
+        # PiSSA changes the base's weight, which masks and codes hold fast, and whose norms DoRA starts from.
+        base = ("mask", "codes", "norms") if self.init == "pissa" else ("norms",) if self.dora else ()
+        return (f"adapter {name or 'default'}", *base)
 
     def rewrite(self, site: Site) -> None:
         if site.is_lookup:
             self._rewrite_lookup(site)
             return
+        if self.init == "pissa" and not site.weight_is_stored:
+            raise GraphError.of(
+                "S304",
+                f"`init pissa` takes its start from the stored weight, and {site.path} computes with another",
+                help="choose another `init`",
+            )
         a = site.parameter("lora_A", (self.rank, site.in_features), INITS[self.init])
         b = site.parameter("lora_B", (site.out_features, self.rank))
         x = site.input
@@ -96,7 +110,7 @@ class Lora(Operation):
         """A's columns are looked up, so A is what must start at zero for one row to be trained at a time."""
         a = site.parameter("lora_A", (self.rank, site.in_features))
         b = site.parameter("lora_B", (site.out_features, self.rank), normal)
-        row = site.call(functional.embedding, site.input, site.call(torch.t, a))
+        row = site.call(functional.embedding, site.input, site.call(torch.t, a), site.padding)
         site.add_to_output(site.call(torch.mul, site.call(functional.linear, row, b), self.factor))
 
     def _decompose(self, site: Site, a: Node, b: Node, update: Node) -> Node:

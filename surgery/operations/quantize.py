@@ -64,12 +64,14 @@ class Quantize(Operation):
         count, device, dtype = shape[0] * shape[1], site.device, site.dtype
         blocks = -(-count // self.block)
         site.keep_base()
-        packed = site.put("weight", torch.empty(((count + 1) // 2, 1), dtype=torch.uint8, device=device))
+        packed = site.put_codes("weight_codes", torch.empty(((count + 1) // 2, 1), dtype=torch.uint8, device=device))
         scale_dtype = torch.uint8 if self.double else torch.float32
-        state = [site.buffer("weight_absmax", torch.empty(blocks, dtype=scale_dtype, device=device))]
+        state = [site.buffer("weight_absmax", torch.empty(blocks, dtype=scale_dtype, device=device), exact=True)]
         if self.double:
             nested = {"nested_absmax": (-(-blocks // codes.NESTED_BLOCK),), "nested_map": (256,), "offset": ()}
-            state += [site.buffer(f"weight_{name}", torch.empty(size, device=device)) for name, size in nested.items()]
+            for name, size in nested.items():
+                scales = torch.empty(size, dtype=torch.float32, device=device)
+                state.append(site.buffer(f"weight_{name}", scales, exact=True))
         wide = site.call(
             codes.dequantize_4bit, packed, *state, *(None,) * (4 - len(state)), self.format, self.block, shape, dtype
         )
@@ -80,7 +82,7 @@ class Quantize(Operation):
     def fill(self, sites: Sequence[Site], context: Any) -> None:
         for site in sites:
             packed, state = codes.encode(site.base_weight(), self.format, self.block, self.double)
-            site.draft.tensor("weight").data.copy_(packed)
+            site.draft.tensor("weight_codes").data.copy_(packed)
             site.data("weight_absmax").copy_(state.absmax)
             if self.double:
                 site.data("weight_nested_absmax").copy_(state.state2.absmax)

@@ -67,13 +67,13 @@ def _weight_and_mask(module: nn.Module, step: Step, part: Part) -> tuple[Tensor,
         return weight, weight != 0
     draft = Draft(module, part.path, part.parameter)
     site = Site(draft, part, str(step.statement), step.statement.name, step.operation.verb)
-    held = draft.root._parameters.get(part.parameter)
+    held, transposed = draft.root._parameters.get(part.parameter), draft.facts.transposed
     # As it lies there, where it is no code: evaluating the graph would multiply the mask in.
     if held is None or not held.is_floating_point():
         weight = site.evaluate(site.weight)
     else:
-        weight = held.detach().t() if part.transposed else held.detach()
+        weight = held.detach().t() if transposed else held.detach()
     bits = site.data("weight_mask")
-    mask = unpack_bits(bits, weight.t().shape if part.transposed else weight.shape)
-    mask = mask.t() if part.transposed else mask
+    mask = unpack_bits(bits, weight.t().shape if transposed else weight.shape)
+    mask = mask.t() if transposed else mask
     return site.rows_of(weight), site.rows_of(mask).to(torch.bool)

@@ -53,7 +53,7 @@ def test_matrix_and_offset_are_those_of_the_code(name: str) -> None:
         (lambda x: F.relu(x), "relu"),
         (lambda x: x * x, "with itself"),
         (lambda x: F.linear(x, W).softmax(-1), "softmax"),
-        (lambda x: 1 / x, "rtruediv|truediv|unsupported"),
+        (lambda x: 1 / x, "divides"),
         (lambda x: F.linear(x, W) * torch.ones(2, 5), "between positions"),
         (lambda x: F.linear(torch.zeros(1, 3), x), "weight"),
         (lambda x: torch.index_select(x, 0, ROWS), "another dimension"),
@@ -61,7 +61,7 @@ def test_matrix_and_offset_are_those_of_the_code(name: str) -> None:
 )
 def test_what_is_not_affine_says_why(code: Callable[[Any], Any], reason: str) -> None:
     """merges: no matrix is made up for code that has none."""
-    with pytest.raises((NotAffine, TypeError), match=reason):
+    with pytest.raises(NotAffine, match=reason):
         code(Affine(3))
 
 

@@ -128,9 +128,10 @@ class Rewritten(fx.GraphModule):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Codes go by the name of the weight that they stand for, as bitsandbytes has it."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if f"{prefix}{CODES}" in destination:
-            destination[f"{prefix}weight"] = destination.pop(f"{prefix}{CODES}")
+        mine: dict[str, Any] = {}
+        super()._save_to_state_dict(mine, prefix, keep_vars)
+        codes, weight = f"{prefix}{CODES}", f"{prefix}weight"
+        destination.update({weight if name == codes else name: tensor for name, tensor in mine.items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if CODES in self._parameters and f"{prefix}weight" in state_dict:

@@ -88,6 +88,12 @@ class Site:
         return self.draft.captured.weight
 
     @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Of the weight as it lies in the base."""
+        rows, columns = self.draft.facts.shape
+        return (columns, rows) if self.draft.facts.transposed else (rows, columns)
+
+    @property
     def weight_is_stored(self) -> bool:
         """Whether the product reads the weight as it is stored, at most transposed."""
         weight = self.weight

@@ -78,7 +78,7 @@ class Prune(Operation):
         else:
             kept = [largest(score, self.amount) for score in scores]
         for site, keep in zip(sites, kept, strict=True):
-            mask = torch.ones_like(site.draft.tensor(site.part.parameter), dtype=torch.bool)
+            mask = torch.ones(site.stored_shape, dtype=torch.bool, device=keep.device)
             site.set_rows(mask, keep)
             site.data("weight_mask").copy_(functions.pack_bits(mask))
             site.zero_out(mask)

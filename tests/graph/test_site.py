@@ -44,7 +44,7 @@ class InOut(nn.Module):
         self.nf = 9
 
     def forward(self, x: Tensor) -> Tensor:
-        size = x.size()[:-1] + (self.nf,)
+        size = x.size()[:-1] + (self.nf,)  # noqa: RUF005 (as transformers writes it; unpacking cannot be traced)
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size)
 
 

@@ -29,7 +29,7 @@ def command(ctx: click.Context, out: str, as_json: bool) -> None:
     with progress("verifying"):
         from surgery.verify import verify
 
-        report = verify(loaded.model, example_inputs=loaded.example_inputs)
+        report = verify(loaded.model, example_inputs=loaded.example_inputs, tokenizer=loaded.tokenizer)
     keep_promises(Path(out), report.to_json())
     click.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
     ctx.exit(0 if report else FAILED)

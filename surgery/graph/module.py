@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.graph.codes import dequantize_4bit
 from surgery.graph.lower import lower
 
 if TYPE_CHECKING:
@@ -149,9 +150,19 @@ class Rewritten(fx.GraphModule):
         if facts is not None:
             blank = fn(torch.empty((1, 1), dtype=facts.dtype, device=next(self.parameters()).device))
             object.__setattr__(self, "facts", replace(facts, dtype=blank.dtype))
+            if blank.dtype != facts.dtype:
+                self._widen_codes_to(blank.dtype)
             if "weight" in self.__dict__:
                 object.__setattr__(self, "weight", blank.fill_(torch.nan).expand(facts.shape))
         return self
+
+    def _widen_codes_to(self, dtype: torch.dtype) -> None:
+        """Let codes become weights of the dtype that the rest of the model has now, as they will when it is loaded."""
+        nodes = [node for node in self.full.nodes if node.target is dequantize_4bit]
+        for node in nodes:
+            node.args = (*node.args[:-1], dtype)
+        if nodes:
+            self.graph = lower(without(self.full, self.off))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
         copied: Rewritten = super().__deepcopy__(memo)  # type: ignore[assignment]

@@ -34,9 +34,10 @@ def test_float32_logits_equal_pefts(family: str, option: str) -> None:
     program = surgery.parse(f"lora rank 3 alpha 5{WRITTEN[option]} on all linear")
     ours = surgery.apply(program, one.model)
     load_into(ours, peer.tensors)
-    # PEFT's own rounding, in a random model that amplifies it, may be more than 1e-6: nobody can be closer than that.
+    # Random llama and gemma amplify rounding: PEFT's own, against float64, is near or above 1e-6 there.
     rounding = distance(wanted, zoo.logits(copy.deepcopy(peer.model).double(), one.inputs))
-    assert distance(zoo.logits(ours, one.inputs), wanted) <= max(1e-6, 4 * rounding)
+    bound = max(1e-6, 4 * rounding) if family in ("llama", "gemma") else 1e-6
+    assert distance(zoo.logits(ours, one.inputs), wanted) <= bound
     assert distance(untouched, wanted) > 0.01, "adapters without an effect prove nothing"
 
 

@@ -1,6 +1,6 @@
 """LoRA rank 8 on all linear maps: ours, PEFT's, and the frozen base, taking turns.
 
-    python -m tests.bench.lora [--rounds 15] [--model smollm2|llama] [--no-memory]
+    python -m tests.bench.lora [--rounds 15] [--model smollm2|llama] [--threads 1] [--no-memory]
 
 Limits: a training step at most 0.95 of PEFT's and 1.12 of the frozen model's own forward and input-gradient backward;
 a batch-1 forward, unmerged, at most 1.10 of the base's; no more peak memory than PEFT's.
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tests import zoo
-from tests.bench.measure import alternate, peak, table
+from tests.bench.measure import alternate, keep_pages, peak, table
 
 PROGRAM = "lora rank 8 on all linear"
 STEP_LIMITS = {("ours", "peft"): 0.95, ("ours", "frozen"): 1.12, ("peft", "frozen"): float("inf")}
@@ -76,9 +76,11 @@ def trainer(name: str, made: Any, batch: torch.Tensor) -> Callable[[], object]:
 
         return frozen_step
 
+    trained = [parameter for parameter in made.parameters() if parameter.requires_grad]
+
     def step() -> None:
         made(input_ids=batch, labels=batch).loss.backward()
-        for parameter in made.parameters():
+        for parameter in trained:
             parameter.grad = None
 
     return step
@@ -110,8 +112,14 @@ def main(arguments: list[str] | None = None) -> bool:
     parser.add_argument("--model", choices=list(SIZES), action="append")
     parser.add_argument("--length", type=int, default=128, help="tokens of the batch-1 forward")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--threads", type=int, help="of torch; its own choice if not given")
     parser.add_argument("--only", nargs="+", default=["frozen", "peft", "ours"])
+    parser.add_argument("--keep-pages", action=argparse.BooleanOptionalAction, default=True, help=keep_pages.__doc__)
     options = parser.parse_args(arguments)
+    if options.keep_pages:
+        keep_pages()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     good = True
     for model in options.model or list(SIZES):
         made = {name: contender(name, model) for name in options.only}

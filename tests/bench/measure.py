@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import resource
@@ -11,6 +12,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def keep_pages() -> bool:
+    """Let the C library keep freed memory, where it is glibc; true if it agreed.
+
+    By default it may return and fetch the pages of a large tensor (logits, say) at every step, which takes longer than
+    many a product; whether it does hangs on what else lies on the heap, so on the order of the contenders.
+    """
+    trim_threshold, mmap_threshold, top_pad = -1, -3, -2
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    return all([mallopt(mmap_threshold, 2**30), mallopt(trim_threshold, 2**31 - 1), mallopt(top_pad, 2**28)])
 
 
 def alternate(contenders: dict[str, Callable[[], object]], rounds: int, warm: int = 2) -> dict[str, list[float]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -23,11 +23,14 @@ def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     return flat.flatten()[: math.prod(shape)].view(*shape).bool()
 
 
-def masked(weight: Tensor, bits: Tensor) -> Tensor:
+def masked(weight: Any, bits: Any) -> Any:
     """weight * mask, for a weight whose masked entries are zero already.
 
-    The product only matters to the gradient, so a frozen weight passes as it is and costs nothing.
+    The product only matters to the gradient, so a frozen weight passes as it is and costs nothing. Traced by torch.fx,
+    it stays one call: which of the two it is shows when the traced model runs.
     """
+    if isinstance(weight, fx.Proxy):
+        return weight.tracer.create_proxy("call_function", masked, (weight, bits), {})
     return weight * unpack_bits(bits, weight.shape) if weight.requires_grad else weight
 
 

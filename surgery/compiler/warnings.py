@@ -27,7 +27,11 @@ def _dense_again(steps: Sequence[Step]) -> list[str]:
     found = []
     for mask in (step for step in steps if "exact_sparsity" in step.operation.promises()):
         for branch in (
-            step for step in steps if step.operation.phase == "attach" and "merges" in step.operation.promises()
+            step
+            for step in steps
+            if step.operation.phase == "attach"
+            and "merges" in step.operation.promises()
+            and not step.operation.keeps_zeros
         ):
             places = [a for a in branch.parts for b in mask.parts if a.path == b.path and overlap(a, b)]
             if places:

@@ -21,7 +21,8 @@ class NotAffine(Exception):
 class Affine:
     """x -> matrix @ x + offset over the last dimension.
 
-    matrix: (out, in) in `dtype`, or None for the identity on `width` features. offset: (out,) or None for zero.
+    matrix: (out, in) in `dtype`, or None for a diagonal one on `width` features. offset: (out,) or None for zero.
+    diagonal: (width,) factors where there is no matrix; None for the identity.
     All products are taken in `dtype` (float32, or float64 for float64 models), so that a merge rounds once, at its end.
     `one_hot`: the value stands for a row of token ids, one-hot encoded; a lookup takes it to the table.
     """
@@ -34,9 +35,11 @@ class Affine:
         dtype: torch.dtype = torch.float32,
         one_hot: bool = False,
         device: torch.device | None = None,
+        diagonal: Tensor | None = None,
     ) -> None:
         self.width, self.matrix, self.offset, self.dtype, self.one_hot = width, matrix, offset, dtype, one_hot
         self.device = matrix.device if matrix is not None else device
+        self.diagonal = diagonal
 
     @property
     def shape(self) -> torch.Size:
@@ -44,7 +47,9 @@ class Affine:
         return torch.Size((1, 1, self.width))
 
     def dense(self) -> Tensor:
-        """The matrix, with the identity written out."""
+        """The matrix, with a diagonal one written out."""
+        if self.matrix is None and self.diagonal is not None:
+            return torch.diag(self.diagonal)
         return torch.eye(self.width, dtype=self.dtype, device=self.device) if self.matrix is None else self.matrix
 
     def then(self, weight: Tensor, bias: Tensor | None = None) -> Affine:
@@ -52,7 +57,10 @@ class Affine:
         if self.one_hot:
             raise NotAffine("token ids go into a linear map")
         weight = weight.detach().to(self.dtype)
-        matrix = weight if self.matrix is None else weight @ self.matrix
+        if self.matrix is not None:
+            matrix = weight @ self.matrix
+        else:
+            matrix = weight if self.diagonal is None else weight * self.diagonal
         offset = None if self.offset is None else weight @ self.offset
         if bias is not None:
             bias = bias.detach().to(self.dtype)
@@ -79,6 +87,10 @@ class Affine:
         factor = factor.reshape(-1) if factor.dim() else factor
         rows = factor.unsqueeze(-1) if factor.dim() else factor
         offset = None if self.offset is None else self.offset * factor
+        if self.matrix is None:
+            factors = factor.to(self.device).expand(self.width)
+            diagonal = factors if self.diagonal is None else self.diagonal * factors
+            return Affine(self.width, None, offset, self.dtype, device=self.device, diagonal=diagonal)
         matrix = self.dense()
         return Affine(self.width, matrix * rows.to(matrix.device), offset, self.dtype)
 
@@ -97,7 +109,7 @@ class Affine:
             raise NotAffine("the summand differs between positions")
         shift = sign * shift.reshape(-1).expand(self.width)
         offset = shift if self.offset is None else self.offset + shift
-        return Affine(self.width, self.matrix, offset, self.dtype, device=self.device)
+        return Affine(self.width, self.matrix, offset, self.dtype, device=self.device, diagonal=self.diagonal)
 
     def rows(self, index: Tensor) -> Affine:
         """Only these features."""

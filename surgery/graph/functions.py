@@ -45,6 +45,17 @@ def add_to_channels(y: Any, branch: Any, channels: Tensor) -> Any:
     return torch.index_copy(y, -1, channels, add_branch(part, branch))
 
 
+def rescale(y: Any, factors: Tensor) -> Any:
+    """y * factors over the last dimension, in y's dtype and rounded once."""
+    return (y * factors).to(y.dtype)
+
+
+def rescale_channels(y: Any, factors: Tensor, channels: Tensor) -> Any:
+    """y with some of its last dimension multiplied by factors (len(channels),); all others keep their bits."""
+    part = torch.index_select(y, -1, channels)
+    return torch.index_copy(y, -1, channels, rescale(part, factors))
+
+
 def low_rank(x: Any, a: Tensor, b: Tensor, scale: float) -> Any:
     """scale * b a x in a's dtype. x: (..., in); a: (rank, in); b: (out, rank)."""
     return F.linear(F.linear(x.to(a.dtype), a), b) * scale

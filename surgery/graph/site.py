@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from surgery.anatomy.parts import Part
 from surgery.graph.draft import Draft
-from surgery.graph.functions import add_branch, add_to_channels
+from surgery.graph.functions import add_branch, add_to_channels, rescale, rescale_channels
 
 Init = Callable[[Tensor, torch.Generator], Any]
 
@@ -38,7 +38,6 @@ class Site:
     def __init__(self, draft: Draft, part: Part, statement: str, name: str | None, verb: str, seed: int = 0) -> None:
         self.draft, self.part, self.statement, self.verb, self.seed = draft, part, statement, verb, seed
         self.name = name or "default"
-        self._base: Tensor | None = None
         self._before = f"{name}_" if name else ""
         self._after = "_" + re.sub(r"\W+", "_", part.name) if part.channels else ""
 
@@ -215,6 +214,24 @@ class Site:
         joint.meta["joint"] = self.name
         self._give(joint)
 
+    def scale_output(self, factors: fx.Node) -> None:
+        """output * factors (out_features,) on the part's channels. Switched off, the output is as before."""
+        index = self.channels()
+        if index is None:
+            joint = self.call(rescale, self.output, factors)
+        else:
+            joint = self.call(rescale_channels, self.output, factors, index)
+        joint.meta["joint"] = self.name
+        self._give(joint)
+
+    def scale_input(self, factors: fx.Node) -> None:
+        """Let the product, and what is attached later, read x * factors (in_features,); switched off, x."""
+        x, product = self.input, self.base
+        with self.draft.graph.inserting_before(product):
+            joint = self._ours(self.draft.graph.call_function(rescale, (x, factors)))
+        joint.meta["joint"] = self.name
+        product.args = (joint, *product.args[1:])
+
     def mask_weight(self, function: Callable[..., Any], *more: Any) -> None:
         """Let the product read function(stored weight, *more) where it read the weight as it is stored."""
         captured = self.draft.captured
@@ -240,18 +257,39 @@ class Site:
         product.args = (*product.args, *more)
         product.meta["statement"] = self.statement
 
-    def keep_base(self) -> None:
-        """Set the full-width weight aside, for `base_weight` to give while the statement fills its tensors."""
-        self._base = None if self.draft.hollow else self.evaluate(self.weight)
+    @property
+    def full_weight(self) -> fx.Node:
+        """The (out, in) weight at full width; where a statement has made codes of it, what they were made of."""
+        return self.weight if self.draft.wide is None else self.draft.wide
 
-    def base_weight(self) -> Tensor:
-        """The (out, in) weight that `keep_base` set aside, masked as the product read it."""
-        assert self._base is not None, "keep_base was not called, or nothing is filled here"
-        return self._base
+    @property
+    def quantized(self) -> bool:
+        """Whether the product reads codes, made of a weight that is still at hand."""
+        return self.draft.encode is not None
 
-    def forget_base(self) -> None:
-        """Let the full-width weight go."""
-        self._base = None
+    @property
+    def can_hold(self) -> bool:
+        """Whether another weight of the same shape can be put in place of the base's, see `hold_rows`."""
+        return self.quantized or (self.weight_is_stored and self.part.parameter in self.draft.root._parameters)
+
+    def hold_rows(self, rows: Tensor) -> None:
+        """Change the base: let its weight, or what its codes are made of, have these rows (out of this part, in)."""
+        if self.draft.encode is not None:
+            self._encode_rows(rows, self.draft.encode)
+            return
+        stored = self.draft.tensor(self.part.parameter)
+        changed = stored.detach().clone()
+        self.set_rows(changed, rows.to(stored.dtype))  # rounded once
+        self.draft.root.register_parameter(self.part.parameter, nn.Parameter(changed, requires_grad=False))
+
+    def _encode_rows(self, rows: Tensor, encode: Callable[[Tensor], None]) -> None:
+        if self.part.channels is None:
+            encode(rows)
+            return
+        # Blocks of codes may run across rows: all are made again, of what other parts have put into theirs too.
+        held = self.draft.held if self.draft.held is not None else self.evaluate(self.full_weight).to(rows.dtype)
+        self.draft.held = held.index_copy(0, self._runs().to(held.device), rows)
+        encode(self.draft.held)
 
     def zero_out(self, mask: Tensor) -> None:
         """Zero the stored weight where the mask is False, once every statement has succeeded."""
@@ -265,18 +303,12 @@ class Site:
 
     def put_codes(self, name: str, tensor: Tensor) -> fx.Node:
         """Hold a frozen tensor in place of the weight, under a name that stays whatever the statement's."""
-        self.draft.root._parameters.pop(self.part.parameter, None)
+        weight = self.draft.root._parameters.pop(self.part.parameter, None)
+        if weight is not None:
+            self.draft.replaced[self.part.parameter] = weight
         self.draft.root.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         with self.draft.graph.inserting_before(next(iter(self.draft.graph.nodes))):
             return self._ours(self._unchecked(name))
-
-    def subtract_from_weight(self, rows: Tensor) -> None:
-        """Change the base: its weight less `rows` (out of this part, in), for inits that start from the weight."""
-        stored = self.draft.tensor(self.part.parameter)
-        changed = stored.detach().clone()
-        kept = self.rows_of(changed.t() if self.draft.facts.transposed else changed)
-        self.set_rows(changed, (kept.to(rows.dtype) - rows).to(stored.dtype))  # rounded once
-        self.draft.root.register_parameter(self.part.parameter, nn.Parameter(changed, requires_grad=False))
 
     def _give(self, node: fx.Node) -> None:
         old, self.draft.captured.output = self.output, node

@@ -18,6 +18,7 @@ GROUP = "surgery.operations"
 TABLE: Mapping[str, str] = MappingProxyType(
     {
         "quantize": "surgery.operations.quantize:Quantize",
+        "ia3": "surgery.operations.ia3:Ia3",
         "lora": "surgery.operations.lora:Lora",
         "prefix": "surgery.operations.prefix:Prefix",
         "prune": "surgery.operations.prune:Prune",

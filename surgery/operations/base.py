@@ -52,6 +52,7 @@ class Operation:
     default_selector: ClassVar[Selector | None] = None
     leads: ClassVar[bool] = False
     granularity: ClassVar[Granularity] = "part"
+    keeps_zeros: ClassVar[bool] = False  # merged into a pruned weight, it leaves the zeros
 
     def __post_init__(self) -> None:
         for declared in schema(type(self)):
@@ -107,6 +108,10 @@ class Operation:
     def read(self, tokenizer: Any) -> Operation:
         """The operation with what its texts decide filled in. Runs first of all where there is a tokenizer."""
         return self
+
+    def rewrites(self, part: Part) -> bool:
+        """Whether the graph of this part is rewritten; False where only the tensors there are concerned."""
+        return True
 
     def rewrite(self, site: Any) -> None:
         """Edits the structure of one site; works on the meta device."""

@@ -75,6 +75,9 @@ def perform(
         operation = step.operation
         mine = []
         for part in step.parts:
+            if not operation.rewrites(part):
+                tell(1)
+                continue
             site = drafts.site(step, part)
             operation.rewrite(site)
             mine.append(site)

@@ -94,16 +94,19 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0) -> Cost:
     return Cost(sum(parameters.values()), before, before + sum(changed), tuple(added), tuple(changed), tuple(unmerged))
 
 
-def _places(steps: Sequence[Step]) -> Iterable[tuple[tuple[str, bool], list[tuple[int, Part]]]]:
-    """Every place with the steps that act there, in order."""
-    places: dict[tuple[str, bool], list[tuple[int, Part]]] = {}
+def _places(steps: Sequence[Step]) -> Iterable[tuple[tuple[str, str], list[tuple[int, Part]]]]:
+    """Every place that is rewritten with the steps that act there, in order."""
+    from surgery.compiler.drafts import way_of
+
+    places: dict[tuple[str, str], list[tuple[int, Part]]] = {}
     for index, step in enumerate(steps):
         for part in step.parts:
-            places.setdefault((part.path, part.kind == "attention"), []).append((index, part))
+            if step.operation.rewrites(part):
+                places.setdefault((part.path, way_of(part).family), []).append((index, part))
     return places.items()
 
 
-def _kind(model: nn.Module, place: tuple[str, bool], visits: list[tuple[int, Part]]) -> object:
+def _kind(model: nn.Module, place: tuple[str, str], visits: list[tuple[int, Part]]) -> object:
     """Equal for places where the same edits cost the same."""
     module = model.get_submodule(place[0])
     shapes = tuple((name, t.shape, t.dtype) for name, t in module.named_parameters(recurse=False))

@@ -12,6 +12,7 @@ from surgery.compiler.conflicts import conflicts
 from surgery.compiler.shared import at_one_place, elsewhere, standings
 from surgery.errors import Diagnostic, PlanError, SurgeryError
 from surgery.language.program import Program, Statement
+from surgery.language.selector import Union
 from surgery.operations.base import Operation, Phase
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from surgery.compiler.cost import Cost
 
 PHASES = get_args(Phase)
+NOTHING = Union(())
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def _steps(program: Program, anatomy: Anatomy, shared: Mapping[str, list[str]]) 
     problems: list[Diagnostic] = []
     for statement in program.statements:
         try:
-            chosen = select(anatomy, statement.selector, statement.operation.acts_on)
+            chosen = _chosen(anatomy, statement)
             parts = _parts(statement, at_one_place(chosen, shared))
         except SurgeryError as error:
             problems += error.diagnostics
@@ -156,6 +158,20 @@ def _steps(program: Program, anatomy: Anatomy, shared: Mapping[str, list[str]]) 
     if problems:
         raise PlanError(*problems)
     return steps, warnings
+
+
+def _chosen(anatomy: Anatomy, statement: Statement) -> tuple[Part, ...]:
+    """What the selector finds; nothing for a statement about the whole model, which has none."""
+    if statement.operation.acts_on:
+        return select(anatomy, statement.selector, statement.operation.acts_on)
+    if statement.selector != NOTHING:
+        raise PlanError.of(
+            "S121",
+            f"`{statement.operation.verb}` is said of the whole model and acts on no part of it",
+            statement.span,
+            help="leave the selector out",
+        )
+    return ()
 
 
 def _parts(statement: Statement, parts: tuple[Part, ...]) -> tuple[Part, ...]:

@@ -27,7 +27,7 @@ def _step(step: Mapping[str, Any]) -> list[str]:
     for parts in _groups(step["parts"]):
         first = parts[0]
         rows.append((first["role"], layers(parts), _shape(first), f"{len(parts)}", pattern(first)))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
     lines = [
         f"    {symbol} "
         + "  ".join((a.ljust(widths[0]), b.ljust(widths[1]), c.ljust(widths[2]), n.rjust(widths[3]), path))
@@ -37,10 +37,11 @@ def _step(step: Mapping[str, Any]) -> list[str]:
     if step["parameters_added"]:
         notes.append(f"+{step['parameters_added']:,} parameters")
     change = step["bytes_changed"]
-    notes.append(f"{'+' if change >= 0 else '-'}{size(abs(change))}")
-    if step["merge"]:
+    if rows or change:
+        notes.append(f"{'+' if change >= 0 else '-'}{size(abs(change))}")
+    if rows and step["merge"]:
         notes.append(f"merge: {step['merge']}")
-    return [*lines, "      " + "; ".join(notes)]
+    return [*lines, *(["      " + "; ".join(notes)] if notes else [])]
 
 
 def _shape(part: Mapping[str, Any]) -> str:

@@ -43,6 +43,7 @@ class Operation:
     verb: the word that starts its statements. phase: when the compiler runs it.
     acts_on: kinds of parts it takes. default_selector: what it acts on when nothing is said; None: must be said.
     leads: the selector may come right after the verb, `quantize base nf4`.
+    selecting: options that say what it acts on, in place of `on`: `after attn, ffn`.
     granularity: "part" one site per role; "tensor" the parts of one path are one site; "module" one site per module.
     """
 
@@ -51,6 +52,7 @@ class Operation:
     acts_on: ClassVar[tuple[Kind, ...]] = ()
     default_selector: ClassVar[Selector | None] = None
     leads: ClassVar[bool] = False
+    selecting: ClassVar[tuple[str, ...]] = ()
     granularity: ClassVar[Granularity] = "part"
     keeps_zeros: ClassVar[bool] = False  # merged into a pruned weight, it leaves the zeros
 
@@ -88,6 +90,11 @@ class Operation:
     def on_merge(self) -> str:
         """What a merge does with it, in a few words for the plan: `folds into the weight`."""
         return "folds into the weight" if "merges" in self.promises() else "stays"
+
+    @property
+    def shared_by_rows(self) -> str | None:
+        """Why all rows of a batch must have it or none, None where `surgery.route` may choose it row by row."""
+        return None
 
     @property
     def collective(self) -> bool:

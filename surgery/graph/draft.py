@@ -24,6 +24,8 @@ class Draft:
 
     hollow: new tensors are shapes on the meta device and nothing is computed (planning, loading).
     slots: every place (parent, child name) where the module stands; shared modules stand in several.
+    wide: the (out, in) weight that codes were made from, while it is at hand. encode: makes codes of another one.
+    held: what codes are made of now, where that is not `wide` and parts of it belong to several statements.
     """
 
     def __init__(
@@ -35,6 +37,10 @@ class Draft:
         slots: Sequence[tuple[nn.Module, str]] = (),
     ) -> None:
         self.exact: list[str] = []
+        self.wide: fx.Node | None = None
+        self.encode: Callable[[Tensor], None] | None = None
+        self.held: Tensor | None = None
+        self.replaced: dict[str, nn.Parameter] = {}
         self.made: Rewritten | None = None
         self.path, self.hollow, self.slots = path, hollow, slots
         self.actions: list[Callable[[], Any]] = []
@@ -85,8 +91,8 @@ class Draft:
         return self.captured.graph
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor of the site by its name."""
-        value: Tensor = getattr(self.root, name)
+        """A tensor of the site by its name; of one that codes have replaced, the tensor that was there."""
+        value: Tensor = self.replaced[name] if name in self.replaced else getattr(self.root, name)
         return value
 
     def at_the_end(self, action: Callable[[], Any]) -> None:
@@ -108,6 +114,7 @@ class Draft:
     def install(self, model: nn.Module) -> Rewritten:
         """Put the finished module wherever the original stands."""
         module = self.finish()
+        self.replaced.clear()
         for action in self.actions:
             action()
         for parent, name in self.slots:

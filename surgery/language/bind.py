@@ -296,7 +296,9 @@ class _Binder:
         if "variant" not in option.forms:
             return word.text, span
         carried = option.choices[word.text]
-        return (Variant(word.text), span) if carried is None else self.carried(option, word, carried)
+        if carried is None:
+            return (word.text if "word" in option.forms else Variant(word.text)), span
+        return self.carried(option, word, carried)
 
     def carried(self, option: Option, word: Word, payload: Payload) -> tuple[Variant, Span]:
         item = self.peek()

@@ -15,11 +15,14 @@ from surgery.operations.base import (
     Operation,
     Phase,
     Share,
+    Variant,
     Word,
     flag,
     option,
+    payload,
     same_as,
 )
+from surgery.operations.lora_init import RANDOM, loftq, normal, pissa
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -47,13 +50,24 @@ class Lora(Operation):
     rank: Count = option("width of the bottleneck", at_least=1)
     alpha: Number = option("numerator of the scale", default=same_as("rank"), above=0)
     dropout: Share = option("share of the adapter's input dropped in training", default=0.0, below=1)
-    init: Word = option(
-        "what A starts as; pissa takes A and B from the weight's largest singular values",
+    init: Word | Variant = option(
+        "what A starts as. `pissa`: A and B from the weight's largest singular values, the base keeps the rest; "
+        "`loftq`: codes, and the A and B that make up best for what they lose, in so many turns",
         default="kaiming",
-        choices=("kaiming", "normal", "xavier", "orthogonal", "pissa"),
+        choices={**dict.fromkeys((*RANDOM, "pissa")), "loftq": payload(Count, default=5, at_least=1)},
     )
     scale: Word = option("alpha/rank, or `rs`: alpha/sqrt(rank)", default="alpha", choices=("alpha", "rs"))
     dora: Flag = flag("learn each output's norm apart from its direction (Liu et al. 2024)")
+
+    @property
+    def start(self) -> str:
+        """The word of `init`."""
+        return self.init.word if isinstance(self.init, Variant) else self.init
+
+    @property
+    def from_weight(self) -> bool:
+        """Whether the adapter starts from the weight, which changes for it."""
+        return self.start not in RANDOM
 
     @property
     def factor(self) -> float:
@@ -61,44 +75,42 @@ class Lora(Operation):
         return self.alpha / (math.sqrt(self.rank) if self.scale == "rs" else self.rank)
 
     def validate(self) -> Iterable[tuple[str, str, str]]:
-        if self.dora and self.init == "pissa":
-            yield "dora", "`dora` and `init pissa` both redefine the weight", "take one of them"
+        if self.dora and self.from_weight:
+            yield "dora", f"`dora` and `init {self.start}` both redefine the weight", "take one of them"
 
     def fits(self, part: Part) -> str | None:
         narrow = min(part.width, part.shape[1])
         if self.rank > narrow:
             return f"rank {self.rank} on a {part.width} x {part.shape[1]} matrix, whose rank is at most {narrow}"
-        if part.kind == "lookup" and (self.dora or self.init == "pissa"):
-            return f"{'dora' if self.dora else 'init pissa'} needs a linear map, not a lookup"
-        if part.tied and self.init == "pissa":
-            return f"init pissa changes its weight, which is shared with {', '.join(part.tied)}"
+        if part.kind == "lookup" and (self.dora or self.from_weight):
+            return f"{'dora' if self.dora else f'init {self.start}'} needs a linear map, not a lookup"
+        if part.tied and self.from_weight:
+            return f"init {self.start} changes its weight, which is shared with {', '.join(part.tied)}"
         return None
 
     def warnings(self, parts: Sequence[Part], anatomy: Any, model: Any) -> Iterable[str]:
-        if self.init == "pissa":
+        if self.start == "pissa":
             yield f"switched off, `{self}` leaves the base without its largest singular values"
+        if self.start == "loftq":
+            yield f"switched off, `{self}` leaves codes that are not those of the weight"
 
     def promises(self) -> tuple[str, ...]:
-        if self.init == "pissa":
+        if self.from_weight:
             return ("merges",)  # what the base was is only known to rounding once it has changed
         return ("identity_at_init", "merges", "off_means_off")
 
     def claims(self, name: str | None) -> tuple[str, ...]:
-        # PiSSA changes the base's weight, which masks and codes hold fast, and whose norms DoRA starts from.
-        base = ("mask", "codes", "norms") if self.init == "pissa" else ("norms",) if self.dora else ()
+        # PiSSA and LoftQ change the base's weight, whose zeros a mask holds fast, and whose norms DoRA starts from.
+        base = ("mask", "norms") if self.from_weight else ("norms",) if self.dora else ()
         return (f"adapter {name or 'default'}", *base)
 
     def rewrite(self, site: Site) -> None:
         if site.is_lookup:
             self._rewrite_lookup(site)
             return
-        if self.init == "pissa" and not site.weight_is_stored:
-            raise GraphError.of(
-                "S304",
-                f"`init pissa` takes its start from the stored weight, and {site.path} computes with another",
-                help="choose another `init`",
-            )
-        a = site.parameter("lora_A", (self.rank, site.in_features), INITS[self.init])
+        if self.from_weight:
+            self._check_base(site)
+        a = site.parameter("lora_A", (self.rank, site.in_features), RANDOM.get(self.start, zeros))
         b = site.parameter("lora_B", (site.out_features, self.rank))
         x = site.input
         if self.dropout:
@@ -125,20 +137,29 @@ class Lora(Operation):
             if self.dora:
                 m = site.data("lora_magnitude")
                 m.data.copy_(torch.linalg.vector_norm(site.evaluate(site.own_rows(site.weight)).to(m.dtype), dim=1))
-            if self.init == "pissa":
-                self._principal(site)
+            if self.from_weight:
+                a, b = self._from_weight(site)
+                site.data("lora_A").data.copy_(a)
+                site.data("lora_B").data.copy_(b)
 
-    def _principal(self, site: Site) -> None:
-        """A and B from the top singular triplets; the weight becomes what they leave over (PiSSA, Meng et al. 2024)."""
-        rows = site.own_rows(site.weight)
-        weight = site.evaluate(rows)
-        u, sigma, v = torch.linalg.svd(
-            weight.to(torch.float32 if weight.dtype.itemsize < 4 else weight.dtype), full_matrices=False
-        )
-        root = (sigma[: self.rank] / self.factor).sqrt()
-        site.data("lora_A").data.copy_(root.unsqueeze(1) * v[: self.rank])
-        site.data("lora_B").data.copy_(u[:, : self.rank] * root)
-        site.subtract_from_weight((u[:, : self.rank] * sigma[: self.rank]) @ v[: self.rank])
+    def _from_weight(self, site: Site) -> tuple[Tensor, Tensor]:
+        if isinstance(self.init, Variant):
+            return loftq(site, self.rank, self.factor, int(str(self.init.value)))
+        return pissa(site, self.rank, self.factor)
+
+    def _check_base(self, site: Site) -> None:
+        if not site.can_hold:
+            raise GraphError.of(
+                "S304",
+                f"`init {self.start}` takes its start from the stored weight, and {site.path} computes with another",
+                help="choose another `init`",
+            )
+        if self.start == "loftq" and not site.quantized:
+            raise GraphError.of(
+                "S380",
+                f"`init loftq` makes up for what codes lose, and {site.path} is not quantized",
+                help="add `quantize base nf4` to the program, or take `init pissa`",
+            )
 
 
 def magnitude_ratio(m: Tensor, weight: Tensor, a: Tensor, b: Tensor, factor: float) -> Tensor:
@@ -159,24 +180,6 @@ def ones(m: Tensor, generator: Generator) -> None:
     torch.nn.init.ones_(m)
 
 
-def kaiming(a: Tensor, generator: Generator) -> None:
-    """Uniform in +-1/sqrt(in), as Microsoft's loralib: Kaiming with a = sqrt(5)."""
-    torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-
-
-def normal(a: Tensor, generator: Generator) -> None:
-    """Standard deviation one over the rank."""
-    torch.nn.init.normal_(a, std=1 / min(a.shape), generator=generator)
-
-
-def xavier(a: Tensor, generator: Generator) -> None:
-    """Uniform with the variance 2 / (in + rank)."""
-    torch.nn.init.xavier_uniform_(a, generator=generator)
-
-
-def orthogonal(a: Tensor, generator: Generator) -> None:
-    """Orthonormal rows."""
-    torch.nn.init.orthogonal_(a, generator=generator)
-
-
-INITS = {"kaiming": kaiming, "normal": normal, "xavier": xavier, "orthogonal": orthogonal, "pissa": kaiming}
+def zeros(a: Tensor, generator: Generator) -> None:
+    """A place for what is taken out of the weight."""
+    torch.nn.init.zeros_(a)

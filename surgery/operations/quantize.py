@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from surgery.language.selector import Role, Selector
@@ -12,6 +13,8 @@ from surgery.operations.base import Count, Flag, Granularity, Operation, Phase, 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
+
+    from torch import Tensor
 
     from surgery.anatomy.parts import Kind, Part
     from surgery.graph.site import Site
@@ -63,7 +66,7 @@ class Quantize(Operation):
         codes.register()
         count, device, dtype = shape[0] * shape[1], site.device, site.dtype
         blocks = -(-count // self.block)
-        site.keep_base()
+        site.draft.wide, site.draft.encode = site.weight, partial(self._encode, site)
         packed = site.put_codes("weight_codes", torch.empty(((count + 1) // 2, 1), dtype=torch.uint8, device=device))
         scale_dtype = torch.uint8 if self.double else torch.float32
         state = [site.buffer("weight_absmax", torch.empty(blocks, dtype=scale_dtype, device=device), exact=True)]
@@ -81,11 +84,14 @@ class Quantize(Operation):
 
     def fill(self, sites: Sequence[Site], context: Any) -> None:
         for site in sites:
-            packed, state = codes.encode(site.base_weight(), self.format, self.block, self.double)
-            site.draft.tensor("weight_codes").data.copy_(packed)
-            site.data("weight_absmax").copy_(state.absmax)
-            if self.double:
-                site.data("weight_nested_absmax").copy_(state.state2.absmax)
-                site.data("weight_nested_map").copy_(state.state2.code)
-                site.data("weight_offset").copy_(state.offset)
-            site.forget_base()
+            self._encode(site, site.evaluate(site.full_weight))
+
+    def _encode(self, site: Site, weight: Tensor) -> None:
+        """Codes and scales of an (out, in) weight, into the tensors that hold them."""
+        packed, state = codes.encode(weight, self.format, self.block, self.double)
+        site.draft.tensor("weight_codes").data.copy_(packed)
+        site.data("weight_absmax").copy_(state.absmax)
+        if self.double:
+            site.data("weight_nested_absmax").copy_(state.state2.absmax)
+            site.data("weight_nested_map").copy_(state.state2.code)
+            site.data("weight_offset").copy_(state.offset)

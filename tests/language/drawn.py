@@ -158,7 +158,7 @@ def _option(option: Option, said: set[str]) -> st.SearchStrategy[Any]:
         return st.booleans()
     if "variant" in option.forms:
         carried = [
-            st.just(Variant(str(word)))
+            st.just(str(word) if "word" in option.forms else Variant(str(word)))
             if held is None
             else st.builds(Variant, st.just(str(word)), _written(held.form, held))
             for word, held in option.choices.items()

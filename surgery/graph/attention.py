@@ -1,7 +1,8 @@
 """Attention sites: query, key, value, mask -> out as a small graph, and the edits that methods make on it.
 
-Two ways lead there. A transformers model hands the call over through its AttentionInterface; a module in plain torch is
-traced. A method sees neither: it puts keys and values in front, or adds a second attention to the output.
+Three ways lead there. A transformers model hands the call over through its AttentionInterface, or else its keys and
+values through its cache; a module in plain torch is traced. A method sees none of this: it puts keys and values in
+front, or adds a second attention to the output (where the call itself is in reach, not through a cache).
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ from torch import Tensor, fx, nn
 
 from surgery.anatomy.parts import Heads, Part
 from surgery.errors import GraphError
-from surgery.graph import attention_hand, attention_interface, attention_trace
+from surgery.graph import attention_cache, attention_hand, attention_interface, attention_trace
 from surgery.graph.attention_math import (
     absent,
     alone_keywords,
     gated,
     like,
-    prefixed_call_mask,
-    prefixed_keywords,
     prefixed_mask,
     prepend,
     prepend_scores,
 )
+from surgery.graph.attention_places import prefixed_call_mask, prefixed_keywords, table_of_distances
 from surgery.graph.entry import Shifting
 from surgery.graph.module import Rewritten, duplicate
 from surgery.graph.site import Init, Site, seed_of, zeros
@@ -36,7 +36,8 @@ Pool = MutableMapping[str, nn.Parameter]
 class AttentionDraft:
     """An attention module being rewritten: the graph of its call and the tensors that this will hold.
 
-    by_interface: the call is a child of the module; otherwise the whole module is what is rewritten.
+    by_interface: the call is a child of the module; by_cache: what the module's cache gives goes through a child;
+        otherwise the whole module is what is rewritten.
     hollow: new tensors are shapes on the meta device. pool: parameters that several sites of one statement share.
     """
 
@@ -47,16 +48,18 @@ class AttentionDraft:
         hollow: bool = False,
         pool: Pool | None = None,
     ) -> None:
-        self.part, self.path, self.hollow = part, part.path, hollow
+        self.part, self.path, self.hollow, self.module = part, part.path, hollow, module
         self.pool: Pool = {} if pool is None else pool
         self.root = nn.Module()
         self.made: Shifting | None = None
         self.added: list[str] = []
-        self.by_interface = attention_interface.through_interface(module) and not isinstance(module, Rewritten)
+        apart = not isinstance(module, Rewritten)
+        self.by_interface = apart and attention_interface.through_interface(module)
+        self.by_cache = apart and not self.by_interface and attention_cache.through_cache(module)
         reference = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), None)
         self.dtype = torch.get_default_dtype() if reference is None else reference.dtype
         self.device = torch.device("cpu") if reference is None else reference.device
-        held = getattr(module, attention_interface.CHILD, None) if self.by_interface else module
+        held = getattr(module, attention_interface.CHILD, None) if self.has_child else module
         if isinstance(held, Rewritten):
             self._continue(held)
         elif self.by_interface:
@@ -64,14 +67,32 @@ class AttentionDraft:
             self.root.add_module("core", attention_interface.core(module, part.path))
             self.graph, marks = attention_interface.graph()
             self._mark(marks)
+        elif self.by_cache:
+            self.original = nn.Module().train(module.training)
+            self.graph, marks = attention_cache.graph()
+            self._mark(marks)
         else:
-            attention_interface.refuse_own_cache(module, part.path)
             self.original = module
             self._hold(module)
-            self.graph = attention_trace.trace(module, part.path, frozenset(part.given))
+            self.graph = self._traced(module)
             for name, mode in self.graph.modes.items():  # type: ignore[attr-defined]
                 self.root.add_module(name, mode)
             self._mark(attention_trace.landmarks(self.graph, module, part.path))
+
+    @property
+    def has_child(self) -> bool:
+        """Whether the module stays, and what is rewritten is a child of it."""
+        return self.by_interface or self.by_cache
+
+    def _traced(self, module: nn.Module) -> fx.Graph:
+        refusal = attention_interface.out_of_reach(module, self.path)
+        if refusal is not None:
+            raise refusal
+        try:
+            return attention_trace.trace(module, self.path, frozenset(self.part.given))
+        except GraphError as error:
+            reason = error.diagnostics[0].message.rpartition(": ")[2]
+            raise attention_interface.out_of_reach(module, self.path, reason) or error from None
 
     def _continue(self, held: Rewritten) -> None:
         self.original, self.added = held.original, list(held.added)
@@ -106,8 +127,11 @@ class AttentionDraft:
     def install(self, model: nn.Module) -> Rewritten:
         """Put the rewritten call into the model."""
         made = self.finish()
-        if self.by_interface:
-            attention_interface.attach(model.get_submodule(self.path), made)
+        if self.has_child:
+            module = model.get_submodule(self.path)
+            (attention_interface if self.by_interface else attention_cache).attach(module, made)
+            if self.by_interface and self.part.role != "cross":
+                made.core.distances = table_of_distances(model, self.path)  # type: ignore[union-attr]
             return made
         # One dictionary of children for both, so that a child that is replaced after this is replaced here.
         # One that was replaced before is kept: the draft holds those of the time when it was begun.
@@ -136,7 +160,7 @@ class AttentionSite(Site):
     def installed_path(self) -> str:
         """Where the tensors of this site will be."""
         child = attention_interface.CHILD
-        return f"{self.path}.{child}" if self.draft.by_interface else self.path
+        return f"{self.path}.{child}" if self.draft.has_child else self.path
 
     @property
     def query(self) -> fx.Node:
@@ -191,35 +215,48 @@ class AttentionSite(Site):
 
     # Edits
 
-    def put_in_front(self, key: fx.Node, value: fx.Node, positions: int) -> None:
-        """K = [key; K], V = [value; V], seen by every query. key: (key-value heads, positions, width)."""
-        heads, core = self.heads.query, self._landmark("core")
-        if self.draft.node("scores") is not None:
-            scores = self._landmark("scores")
-            added = attention_hand.scaled_scores(scores, key, heads, self.path, self.call)
-            self._join(self.call(prepend_scores, core.args[0], added), core, 0)
-            out = self._landmark("product_out")
-            with self.draft.graph.inserting_before(out):
-                joined = self._ours(self.draft.graph.call_function(prepend, (out.args[1], value, heads)))
-            self._join(joined, out, 1)
+    def put_in_front(self, key: fx.Node, value: fx.Node, positions: int, windowed: bool = False) -> None:
+        """K = [key; K], V = [value; V], seen by every query. key: (key-value heads, positions, width).
+
+        windowed: where the model's attention has a window, the prefix is seen as tokens in its place would be.
+        """
+        if self.draft.by_cache:
+            joined = self._in_front_of_cache(key, value)
+        elif self.draft.node("scores") is not None:
+            joined = self._in_front_of_scores(key, value)
+        else:
+            joined = self._in_front_of_call(key, value, positions, windowed)
+        joined.meta["front"] = positions
+        if self.part.role != "cross":  # the queries of a cross-attention stand in another sequence
             joined.meta["positions"] = positions
-            return
+
+    def _in_front_of_cache(self, key: fx.Node, value: fx.Node) -> fx.Node:
+        core, heads = self._landmark("core"), self.heads.query
+        self._join(self.call(prepend, core.args[0], key, heads), core, 0)
+        joined = self.call(prepend, core.args[1], value, heads)
+        self._join(joined, core, 1)
+        return joined
+
+    def _in_front_of_scores(self, key: fx.Node, value: fx.Node) -> fx.Node:
+        heads, core = self.heads.query, self._landmark("core")
+        scores = self._landmark("scores")
+        added = attention_hand.scaled_scores(scores, key, heads, self.path, self.call)
+        self._join(self.call(prepend_scores, core.args[0], added), core, 0)
+        out = self._landmark("product_out")
+        with self.draft.graph.inserting_before(out):
+            joined = self._ours(self.draft.graph.call_function(prepend, (out.args[1], value, heads)))
+        self._join(joined, out, 1)
+        return joined
+
+    def _in_front_of_call(self, key: fx.Node, value: fx.Node, positions: int, windowed: bool) -> fx.Node:
+        heads, core = self.heads.query, self._landmark("core")
         places = {"query": 0, "key": 1, "value": 2, "mask": 3, "keywords": 4}
         first = 1 if self.draft.by_interface else 0  # the module itself
         operands = {name: core.args[place + first] for name, place in places.items() if place + first < len(core.args)}
         if self.draft.by_interface:
-            implicit = self._causal_without_mask
-            mask = self.call(
-                prefixed_call_mask,
-                operands["mask"],
-                core.args[0],
-                operands["query"],
-                operands["key"],
-                operands["keywords"],
-                positions,
-                implicit,
-            )
-            self._join(self.call(prefixed_keywords, operands["keywords"], positions), core, 5)
+            call = (operands["mask"], core.args[0], operands["query"], operands["key"], operands["keywords"], positions)
+            mask = self.call(prefixed_call_mask, *call, self._causal_without_mask, windowed)
+            self._join(self.call(prefixed_keywords, operands["keywords"], *call[:4], positions), core, 5)
         else:
             mask = self.call(
                 prefixed_mask, operands["mask"], operands["query"], operands["key"], core.args[4], positions
@@ -228,10 +265,17 @@ class AttentionSite(Site):
         self._join(self.call(prepend, operands["key"], key, heads), core, 1 + first)
         joined = self.call(prepend, operands["value"], value, heads)
         self._join(joined, core, 2 + first)
-        joined.meta["positions"] = positions
+        return joined
 
     def attend_beside(self, key: fx.Node, value: fx.Node, gate: fx.Node) -> None:
         """out + tanh(gate) * softmax(query key^T) value; gate: (heads,). At gate = 0 the output keeps its bits."""
+        if self.draft.by_cache:
+            raise GraphError.of(
+                "S385",
+                f"a gate needs the attention call itself, and `{type(self.draft.module).__name__}` at {self.path} "
+                "gives out its keys and values only",
+                help="leave `gated` out, or leave the place out with `except`",
+            )
         core, heads, graph = self._landmark("core"), self.heads.query, self.draft.graph
         if self.draft.node("scores") is not None:
             scores = attention_hand.scaled_scores(self._landmark("scores"), key, heads, self.path, self.call)

@@ -45,15 +45,20 @@ def through_interface(module: nn.Module) -> bool:
     return code is not None and "get_interface" in code.co_names
 
 
-def refuse_own_cache(module: nn.Module, path: str) -> None:
-    """Raises GraphError S351 for a transformers module that computes its attention itself, over a cache."""
+def out_of_reach(module: nn.Module, path: str, reason: str = "") -> GraphError | None:
+    """GraphError S351 for a module of transformers that can be reached in no way, None for any other module.
+
+    reason: why its code could not be traced. Code that works over a cache would be traced as if there were none.
+    """
     cached = {"past_key_values", "past_key_value", "layer_past"} & set(inspect.signature(module.forward).parameters)
-    if type(module).__module__.startswith("transformers.") and cached:
-        raise GraphError.of(
-            "S351",
-            f"`{type(module).__name__}` at {path} computes its attention itself instead of handing it over",
-            help="transformers' AttentionInterface does not reach this model; adapt it with lora, or leave it out",
-        )
+    if not type(module).__module__.startswith("transformers.") or not (cached or reason):
+        return None
+    return GraphError.of(
+        "S351",
+        f"`{type(module).__name__}` at {path} keeps its attention to itself: transformers' AttentionInterface does not "
+        f"reach it, no cache takes its keys and values, and its code cannot be traced{reason and f' ({reason})'}",
+        help="adapt this model with lora, or leave the place out with `except`",
+    )
 
 
 def core(module: nn.Module, path: str) -> Core:

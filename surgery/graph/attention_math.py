@@ -92,35 +92,12 @@ class Core(nn.Module):
     def __init__(self, function: Any, causal_without_mask: bool) -> None:
         super().__init__()
         self.function, self.causal_without_mask = function, causal_without_mask
+        self.distances: tuple[Any, ...] = ()
 
     def forward(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keywords: dict[str, Any]
     ) -> Any:
         return self.function(module, query, key, value, mask, **keywords)
-
-
-def prefixed_call_mask(
-    mask: Tensor | None,
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    keywords: dict[str, Any],
-    positions: int,
-    causal_without_mask: bool,
-) -> Tensor | None:
-    """`prefixed_mask` for a call through transformers, where one query of a causal module sees every key."""
-    causal = keywords.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    causal = causal_without_mask and query.shape[2] > 1 and causal
-    return prefixed_mask(mask, query, key, causal, positions)
-
-
-def prefixed_keywords(keywords: dict[str, Any], positions: int) -> dict[str, Any]:
-    """Keywords of a call with n more keys on the left: a bias by relative position is zero for them."""
-    bias = keywords.get("position_bias")
-    if bias is None:
-        return keywords
-    return {**keywords, "position_bias": F.pad(bias, (positions, 0))}
 
 
 def alone_keywords(keywords: dict[str, Any], causal_without_mask: bool) -> dict[str, Any]:

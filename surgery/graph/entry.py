@@ -215,14 +215,28 @@ def _place(module: nn.Module, point: Point) -> int:
 
 
 class Shifting(Rewritten):
-    """A rewritten attention call, which tells the points of its model how many positions it puts in front."""
+    """A rewritten attention call, which tells the points of its model how many positions it puts in front.
 
+    ahead: keys in front of the model's own now, in cross-attention too, where no position is shifted for them.
+    """
+
+    ahead: int
     informed: tuple[tuple[str, Amounts], ...] = ()
 
     def lengths(self) -> dict[str, int]:
         """Positions in front, by name of their branch."""
-        nodes = [node for node in self.full.nodes if "positions" in node.meta]
-        return {node.meta["joint"]: node.meta["positions"] for node in nodes}
+        return self._counted("positions")
+
+    def _counted(self, what: str) -> dict[str, int]:
+        return {node.meta["joint"]: node.meta[what] for node in self.full.nodes if what in node.meta}
+
+    def _describe(self, *values: Any) -> None:
+        super()._describe(*values)
+        self._count()
+
+    def _count(self) -> None:
+        on = [length for name, length in self._counted("front").items() if name not in self.off]
+        object.__setattr__(self, "ahead", sum(on))
 
     def settle(self) -> None:
         """Keep as a tensor what is computed from tensors alone, such as the keys and values of a trained network."""
@@ -264,6 +278,7 @@ class Shifting(Rewritten):
 
     def switch(self, off: Any) -> None:
         super().switch(off)
+        self._count()
         self._tell()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shifting:

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from surgery.anatomy.parts import Anatomy, Kind, Part
-    from surgery.graph import attention_text, entry
+    from surgery.graph import attention_cache, attention_text, entry
     from surgery.graph.attention import AttentionSite
 else:
+    attention_cache = lazy("surgery.graph.attention_cache")
     attention_text, entry = lazy("surgery.graph.attention_text"), lazy("surgery.graph.entry")
 
 
@@ -88,9 +89,17 @@ class Prefix(Operation):
     def on_merge(self) -> str:
         return "becomes plain keys and values" if self.via is not None else "stays"
 
+    @property
+    def shared_by_rows(self) -> str | None:
+        return None if self.gated else "it moves the positions and lengthens the keys of every row"
+
     def warnings(self, parts: Sequence[Part], anatomy: Anatomy, model: Any) -> Iterable[str]:
         if not self.gated:
-            yield from entry.check(model, anatomy.parts, {part.path: self.positions or 0 for part in parts})
+            lengths = {part.path: self.positions or 0 for part in parts if part.role != "cross"}
+            yield from entry.check(model, anatomy.parts, lengths)
+        own = [part.path for part in parts if attention_cache.through_cache(model.get_submodule(part.path))]
+        if own:
+            yield f"the model computes its attention itself: the prefix goes in through its cache ({_places(own)})"
 
     def claims(self, name: str | None) -> tuple[str, ...]:
         return (f"keys and values under the name {name or 'default'}",)
@@ -113,7 +122,7 @@ class Prefix(Operation):
             gate = site.parameter("prefix_gate", (site.heads.query,))
             site.attend_beside(key, value, gate)
         else:
-            site.put_in_front(key, value, self.positions)
+            site.put_in_front(key, value, self.positions, windowed=self.text is not None)
 
     def _directly(self, site: AttentionSite) -> tuple[Node, Node]:
         heads, n = site.heads, self.positions or 0
@@ -149,6 +158,10 @@ class Prefix(Operation):
     def folded(self) -> Prefix:
         """What the statement is after a merge: plain keys and values."""
         return replace(self, via=None)
+
+
+def _places(paths: Sequence[str]) -> str:
+    return paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def small(tensor: Tensor, generator: Generator) -> None:

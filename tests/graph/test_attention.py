@@ -191,18 +191,6 @@ def test_implementations_that_hide_their_mask_are_refused(implementation: str) -
     assert "attn_implementation='sdpa'" in str(caught.value)
 
 
-def test_models_that_keep_their_attention_to_themselves_are_refused() -> None:
-    """Tracing would bake in that there is no cache; a refusal when planning is better than a failure in `generate`."""
-    import transformers
-
-    config = transformers.BloomConfig(vocab_size=51, hidden_size=16, n_layer=1, n_head=2)
-    with torch.device("meta"):
-        module = transformers.BloomForCausalLM(config).transformer.h[0].self_attention
-    with pytest.raises(GraphError, match="S351") as caught:
-        AttentionDraft(module, Part("attn", "attention", "transformer.h.0.self_attention"))
-    assert "BloomAttention" in str(caught.value)
-
-
 @torch.no_grad()
 def test_another_model_with_the_same_configuration_is_left_alone() -> None:
     """Promise: nothing else moves; the configuration object is shared by both models."""

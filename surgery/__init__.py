@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from surgery.checkpoint.load import load as load
     from surgery.checkpoint.save import save as save
     from surgery.compiler import activate as activate
+    from surgery.compiler import active as active
     from surgery.compiler import apply as apply
     from surgery.compiler import disabled as disabled
     from surgery.compiler import merge as merge
     from surgery.compiler import parameters as parameters
     from surgery.compiler import plan as plan
+    from surgery.compiler import route as route
     from surgery.errors import SurgeryError as SurgeryError
     from surgery.language import load_program as load_program
     from surgery.language import parse as parse
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "SurgeryError": "surgery.errors",
     "activate": "surgery.compiler",
+    "active": "surgery.compiler",
     "apply": "surgery.compiler",
     "disabled": "surgery.compiler",
     "load": "surgery.checkpoint.load",
@@ -35,14 +38,15 @@ _HOMES = {
     "parameters": "surgery.compiler",
     "parse": "surgery.language",
     "plan": "surgery.compiler",
+    "route": "surgery.compiler",
     "save": "surgery.checkpoint.save",
     "study": "surgery.anatomy",
     "verify": "surgery.verify",
 }
 
 __all__ = [
-    "SurgeryError", "__version__", "activate", "apply", "disabled", "load", "load_program", "merge", "parameters",
-    "parse", "plan", "save", "study", "verify",
+    "SurgeryError", "__version__", "activate", "active", "apply", "disabled", "load", "load_program", "merge",
+    "parameters", "parse", "plan", "route", "save", "study", "verify",
 ]  # fmt: skip
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from surgery.compiler.apply import apply, perform
 from surgery.compiler.merge import merge
 from surgery.compiler.plan import Plan, Step, plan
-from surgery.compiler.record import Record, activate, disabled, parameters, record_of
+from surgery.compiler.record import Record, parameters, record_of
+from surgery.compiler.route import route
+from surgery.compiler.switch import activate, active, disabled
 
 __all__ = [
     "Plan",
     "Record",
     "Step",
     "activate",
+    "active",
     "apply",
     "disabled",
     "merge",
@@ -19,4 +22,5 @@ __all__ = [
     "perform",
     "plan",
     "record_of",
+    "route",
 ]

@@ -11,6 +11,7 @@ from surgery.compiler.apply import Tell
 from surgery.compiler.cost import Cost
 from surgery.compiler.plan import Plan, Step
 from surgery.compiler.record import ATTRIBUTE, record_of, remembered
+from surgery.compiler.switch import refuse_routed
 from surgery.errors import GraphError
 from surgery.graph.affine import NotAffine
 from surgery.graph.fold import fold
@@ -30,6 +31,7 @@ def merge(model: Model, *, tell: Tell = lambda amount: None) -> Model:
     record = record_of(model)
     if record is None:
         raise GraphError.of("S311", "the model was not transformed, there is nothing to merge")
+    refuse_routed(model)
     _all_on(model)
     slots = standings(model)
     folded: list[tuple[Rewritten, nn.Module]] = []

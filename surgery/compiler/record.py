@@ -1,17 +1,15 @@
-"""What a transformed model knows about itself, and the switch between it and its base."""
+"""What a transformed model knows about itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from surgery.compiler.plan import Plan
-from surgery.errors import GraphError
 from surgery.graph.fingerprint import fingerprints
-from surgery.graph.module import added_parameters, rewritten, switched
+from surgery.graph.module import added_parameters
 
 ATTRIBUTE = "_surgery"
 
@@ -54,30 +52,3 @@ def record_of(model: nn.Module) -> Record | None:
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     """The trainable tensors that the program added, by full name; each shared one once."""
     return added_parameters(model)
-
-
-def names(model: nn.Module) -> set[str]:
-    """Names of everything that can be switched: `default` where a statement has no `as NAME`."""
-    return {name for _, module in rewritten(model) for name in module.branches()}
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Run the base, to the bit: pruned and quantized as the program says, without anything attached to it."""
-    with switched(model, {None}):
-        yield
-
-
-def activate(model: nn.Module, *wanted: str) -> None:
-    """Keep only these adapters on, by their names; `default` is what has no `as NAME`. None given: all on.
-
-    Error: GraphError S310 for a name that the model does not have.
-    """
-    known = names(model)
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise GraphError.of(
-            "S310", f"no adapter `{unknown[0]}` in this model", help=f"it has: {', '.join(sorted(known)) or 'none'}"
-        )
-    for _, module in rewritten(model):
-        module.switch(known - set(wanted) if wanted else frozenset())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from surgery.graph.codes import dequantize_4bit
 from surgery.graph.lower import lower
+from surgery.graph.routing import PREFIX, Rows, routed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,6 +30,7 @@ HOOKS = (
     "_backward_pre_hooks",
 )
 CODES = "weight_codes"
+COMPILED = ("_graph", "_code", "_lineno_map", "_prologue_start")
 PASSED_ON = ("in_features", "out_features", "num_embeddings", "embedding_dim", "padding_idx", "nf", "nx")
 
 
@@ -55,6 +58,7 @@ class Rewritten(fx.GraphModule):
     added: names of the tensors that the program put beside the base's own.
     off: names of the branches that are switched off; None in it means all.
     facts: of a projection or lookup, what folding needs to know; None of other places.
+    routes: branches that rows of a batch choose now, and which do; none outside of `surgery.route`.
     """
 
     full: fx.Graph
@@ -62,6 +66,7 @@ class Rewritten(fx.GraphModule):
     added: tuple[str, ...]
     off: frozenset[str | None]
     facts: Facts | None
+    routes: Mapping[str, Rows] = MappingProxyType({})
 
     @classmethod
     def build(
@@ -109,20 +114,59 @@ class Rewritten(fx.GraphModule):
 
     def switch(self, off: Container[str | None]) -> None:
         """Run without these branches; None stands for every branch, and an empty container switches all on again."""
-        wanted = frozenset(name for name in self.branches() if name in off or None in off)
-        if wanted != self.off:
-            before = self.off
-            object.__setattr__(self, "off", wanted)
-            # A class for each state, kept: what compilers have made of one is keyed by the class, and stays right.
-            known = self.__dict__.setdefault("_classes", {})
-            known.setdefault(before, type(self))
-            self.__class__ = known.get(wanted) or type(type(self).__name__, type(self).__bases__, {})
-            known[wanted] = type(self)
-            self.graph = lower(without(self.full, wanted))
+        self.route(off, {})
+
+    def route(self, off: Container[str | None], rows: Mapping[str, Rows], shared: bool = False, path: str = "") -> None:
+        """Run without the branches that are off, and let rows of a batch choose the others that `rows` names.
+
+        shared: what the place computes may be the same for all rows (a lookup of positions). path: for errors.
+        Errors: GraphError S376 where a branch cannot be chosen by row; nothing has changed then.
+        """
+        branches = self.branches()
+        wanted = frozenset(name for name in branches if name in off or None in off)
+        choice = {name: chosen for name, chosen in rows.items() if name in branches and name not in wanted}
+
+        def graph() -> fx.Graph:
+            running = without(self.full, wanted)
+            return lower(routed(running, choice, shared, path) if choice else running)
+
+        self._run((wanted, frozenset(choice)), graph)
+        object.__setattr__(self, "off", wanted)
+        for name in self.routes:
+            self.__dict__.pop(f"{PREFIX}{name}", None)
+        for name, chosen in choice.items():
+            object.__setattr__(self, f"{PREFIX}{name}", chosen)
+        object.__setattr__(self, "routes", choice)
+        object.__setattr__(self, "_route", (wanted, choice, shared, path))
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """What runs now, as arguments of `route`."""
+        state: tuple[Any, ...] = self.__dict__.get("_route", (self.off, {}))
+        return state
+
+    def _run(self, state: object, graph: Callable[[], fx.Graph]) -> None:
+        """Run another graph. What was compiled for a state is kept, in a class of its own: what other compilers have
+        made of one is keyed by the class, and stays right."""
+        now = self.__dict__.get("_state", (frozenset(), frozenset()))
+        if state == now:
+            return
+        states = self.__dict__.get("_states", {})
+        fields = states[state][1] if state in states else None
+        made = graph() if fields is None else None
+        states[now] = (type(self), {name: self.__dict__[name] for name in COMPILED})
+        if made is None:
+            self.__class__ = states[state][0]
+            self.__dict__.update(fields or {})
+        else:
+            self.__class__ = type(type(self).__name__, type(self).__bases__, {})
+            self.graph = made
+        self.__dict__["_states"], self.__dict__["_state"] = states, state
 
     def recompile(self) -> Any:
         """As torch.fx does, but called like any module: fx's own way in costs two more frames at every call."""
         code = super().recompile()
+        self.__dict__.pop("_states", None)  # the full graph may be another now
         type(self).__call__ = nn.Module.__call__  # type: ignore[method-assign]
         return code
 
@@ -185,6 +229,11 @@ class Rewritten(fx.GraphModule):
                 object.__setattr__(copied, name, self.__dict__[name])
         full, original = copy.deepcopy(self.full, memo), copy.deepcopy(self.original, memo)
         copied._describe(full, original, self.added, self.off, self.facts)
+        copied.__dict__["_state"] = (self.off, frozenset())
+        if self.routes:  # the choice belongs to the model that is being run
+            for name in self.routes:
+                copied.__dict__.pop(f"{PREFIX}{name}", None)
+            copied.graph = lower(without(full, self.off))
         if "weight" in self.__dict__:
             object.__setattr__(copied, "weight", copy.deepcopy(self.__dict__["weight"], memo))
         return copied
@@ -231,14 +280,15 @@ def rewritten(model: nn.Module) -> Iterator[tuple[str, Rewritten]]:
 @contextmanager
 def switched(model: nn.Module, off: Container[str | None]) -> Iterator[None]:
     """Run with some branches off, then as before."""
-    before = [(module, module.off) for _, module in rewritten(model)]
+    before = [(module, module.state) for _, module in rewritten(model)]
     try:
         for module, _ in before:
             module.switch(off)
         yield
     finally:
         for module, state in before:
-            module.switch(state)
+            module.switch(state[0])
+            module.route(*state)
 
 
 def added_parameters(model: nn.Module) -> dict[str, Tensor]:

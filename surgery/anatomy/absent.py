@@ -13,7 +13,7 @@ from surgery.language.source import NOWHERE, Span
 ROLES = (
     "attn", "attn.q", "attn.k", "attn.v", "attn.o", "cross", "cross.q", "cross.k", "cross.v", "cross.o",
     "ffn", "ffn.up", "ffn.gate", "ffn.down", "embed", "position", "norm", "head", "router", "experts",
-    "mixer", "mixer.in", "mixer.out", "base", "linear", "layers",
+    "mixer", "mixer.in", "mixer.out", "base", "linear", "layers", "bias",
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def inventory(anatomy: Anatomy) -> str:
     families: dict[str, list[str]] = {}
     for part in anatomy.parts:
         family, _, leaf = part.role.partition(".")
-        if part.kind == "block" or part.role in ("linear", "lookup"):
+        if part.kind in ("block", "edge") or part.role in ("linear", "lookup"):
             continue
         leaves = families.setdefault(family, [])
         if leaf and leaf not in leaves:
@@ -50,6 +50,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
 def role_missing(anatomy: Anatomy, selector: Role) -> ModelError:
     name = selector.name
     have = f"it has {inventory(anatomy)}" if anatomy.parts else "no part of it has a role"
+    if name == "bias":
+        have = "`train bias add` gives linear maps one"
     if name in ROLES:
         return ModelError.of(
             "S203", f"{anatomy.model} has no {name}", place_of(selector.span), "no such part in this model", have
@@ -107,6 +109,9 @@ WORDS: dict[Kind, str] = {
     "attention": "attention call",
     "experts": "stack of experts",
     "block": "block",
+    "edge": "output of a sub-layer",
+    "bias": "bias",
+    "tensor": "other tensor",
 }
 
 

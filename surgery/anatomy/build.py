@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
+from surgery.anatomy.edges import Edges
 from surgery.anatomy.lookups import embeddings, norms
 from surgery.anatomy.parts import Anatomy, Part, Stack
 from surgery.anatomy.products import Product
@@ -88,6 +89,12 @@ class Draft:
                 prefix = f"{place.stack}." if place.stack else ""
                 self.parts.append((order, Part("layer", "block", prefix + names[place.layer], "")))
 
+    def edges(self) -> None:
+        for edge in Edges(self.roles).find():
+            if self.lists.place(edge.path) is not None:
+                part = Part(edge.role, "edge", edge.path, "", (edge.width,), input=edge.input, inlined=edge.inlined)
+                self.add(edge.node, part)
+
     def everywhere(self) -> list[tuple[int, Part]]:
         """Each part of a representative, and its like in each layer that it stands for."""
         copies = sorted(self.trace.shadow.copies.items(), key=lambda item: -item[0].count("."))
@@ -95,7 +102,7 @@ class Draft:
         for representative, others in copies:
             inside = [(order, p) for order, p in parts if f"{p.path}.".startswith(f"{representative}.")]
             for other in others:
-                parts += [(order, replace(p, path=other + p.path[len(representative) :])) for order, p in inside]
+                parts += [(order, moved(p, representative, other)) for order, p in inside]
         return parts
 
     def stacks(self, parts: list[tuple[int, Part]]) -> dict[str, Stack]:
@@ -125,6 +132,7 @@ class Draft:
         self.projections()
         self.attention()
         self.blocks()
+        self.edges()
         parts = self.everywhere()
         stacks = self.stacks(parts)
         start = {path: place for place, path in enumerate(stacks)}
@@ -146,11 +154,19 @@ class Draft:
         return Anatomy(type(self.model).__name__, tuple(stacks.values()), tuple(unique(p for _, p in ordered)))
 
     def tie(self, part: Part) -> Part:
-        if part.kind in ("attention", "block"):
+        if part.kind in ("attention", "block", "edge"):
             return part
         name = f"{part.path}.{part.parameter}" if part.path else part.parameter
         others = [n.rpartition(".")[0] for n in self.aliases.get(self.owners.get(name, 0), []) if n != name]
         return replace(part, tied=tuple(others)) if others else part
+
+
+def moved(part: Part, representative: str, other: str) -> Part:
+    """A part of one layer as it is in another layer like it."""
+    taken = part.input
+    if taken is not None and f"{taken}.".startswith(f"{representative}."):
+        taken = other + taken[len(representative) :]
+    return replace(part, path=other + part.path[len(representative) :], input=taken)
 
 
 def described(role: str, product: Product, channels: torch.Tensor | None) -> Part:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-Kind = Literal["projection", "lookup", "norm", "attention", "experts", "block"]
+Kind = Literal["projection", "lookup", "norm", "attention", "experts", "block", "edge", "bias", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,16 @@ class Part:
     """One role at one place.
 
     path: the module that owns the parameter (projection, lookup, norm, experts), or that computes the
-        attention call (attention), or that is the block (ffn, layer).
+        attention call (attention), or that is the block (ffn, layer), or whose output is what a sub-layer adds to the
+        residual stream (edge).
     shape: (out, in) of a projection whatever its storage; (vocabulary, width) of a lookup; (width,) of a norm.
     transposed: the weight is stored (in, out), as in GPT-2's Conv1D.
     channels: output channels of a fused projection that play this role, as (start, stop) runs; None is all of them.
     stack, layer: where it stands; None outside every stack.
     tied: paths of other modules that use the same weight tensor.
     given: of an attention in plain torch, the arguments that the model passes and that have a default.
+    input: of an edge, the module that takes the sub-layer's input.
+    inlined: of an edge, no module hands it out, and it is computed in the forward of the module at `path`.
     """
 
     role: str
@@ -54,6 +57,13 @@ class Part:
     heads: Heads | None = None
     tied: tuple[str, ...] = ()
     given: tuple[str, ...] = ()
+    input: str | None = None
+    inlined: bool = False
+
+    @property
+    def apart(self) -> bool:
+        """Whether what acts here leaves the tensors of the module at `path` alone."""
+        return self.kind in ("attention", "edge")
 
     @property
     def name(self) -> str:

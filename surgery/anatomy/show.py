@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from surgery.anatomy.parts import Anatomy, Heads, Part, Stack
 
+UNSAID = ("block", "edge")  # what the parts in them tell already
 Row = tuple[str, str, str, str]
 
 
@@ -25,7 +26,7 @@ def show(anatomy: Anatomy) -> str:
         if part is not None and part.stack in told:
             continue
         if pending:
-            sections.append(("", [row(item, item.path) for item in pending if item.kind != "block"]))
+            sections.append(("", [row(item, item.path) for item in pending if item.kind not in UNSAID]))
             pending = []
         if part is not None and part.stack is not None:
             told.add(part.stack)
@@ -46,7 +47,7 @@ def layers(anatomy: Anatomy, stack: Stack) -> list[tuple[str, list[Row]]]:
     """One section for each group of layers of equal make."""
     members: dict[int, list[Part]] = {index: [] for index in range(stack.depth)}
     for part in anatomy.parts:
-        if part.stack == stack.name and part.layer is not None and part.kind != "block":
+        if part.stack == stack.name and part.layer is not None and part.kind not in UNSAID:
             members[part.layer].append(part)
     groups: dict[tuple[Row, ...], list[int]] = {}
     for index, parts in members.items():

@@ -103,10 +103,11 @@ def save_merged(
 
 def _standing(plan: Plan, model: nn.Module) -> Plan:
     """The plan without the places that a merge made plain again."""
-    from surgery.graph.attention_interface import CHILD
+    from surgery.graph import attention_interface, edge
     from surgery.graph.module import rewritten
 
-    places = {path.removesuffix(f".{CHILD}") for path, _ in rewritten(model)}
+    children = (attention_interface.CHILD, edge.CHILD)
+    places = {path.removesuffix(f".{child}") for path, _ in rewritten(model) for child in children}
     steps = (replace(step, parts=tuple(part for part in step.parts if part.path in places)) for step in plan.steps)
     return replace(plan, steps=tuple(steps))
 

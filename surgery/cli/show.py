@@ -34,11 +34,12 @@ def command(program: str, model: str, path: str, settings: dict[str, str]) -> No
         loaded = models.load_meta(model)
         from surgery.compiler import perform, plan
         from surgery.graph.attention_interface import CHILD
+        from surgery.graph.edge import CHILD as EDGE
         from surgery.graph.module import rewritten
 
         made = plan(parsed, loaded.model, example_inputs=loaded.example_inputs, tokenizer=tokenizer_for(parsed, loaded))
         places = {
-            place.removesuffix(f".{CHILD}"): module
+            place if place.endswith(f".{EDGE}") else place.removesuffix(f".{CHILD}"): module
             for place, module in rewritten(perform(made, loaded.model, hollow=True))
         }
     if path not in places:

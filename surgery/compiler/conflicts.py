@@ -43,5 +43,5 @@ def _diagnostic(first: Step, second: Step, part: Part, claim: str) -> Diagnostic
         f"`{first.statement}` and `{second.statement}` both act on {part.path}",
         second.statement.span,
         label=f"the other statement is at {first.statement.span}; both take its {claim}",
-        help="give one of them a name with `as NAME`" if same_adapter else "leave the place out of one with `except`",
+        help=first.operation.beside_another if same_adapter else "leave the place out of one with `except`",
     )

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from surgery.anatomy.parts import Part
 from surgery.compiler.apply import Tell
 from surgery.compiler.cost import Cost
 from surgery.compiler.plan import Plan, Step
@@ -14,6 +15,7 @@ from surgery.compiler.record import ATTRIBUTE, record_of, remembered
 from surgery.compiler.switch import refuse_routed
 from surgery.errors import GraphError
 from surgery.graph.affine import NotAffine
+from surgery.graph.edge import CHILD, Edge
 from surgery.graph.fold import fold
 from surgery.graph.module import Rewritten, added_parameters, rewritten, standings
 
@@ -67,7 +69,7 @@ def _what_is_left(plan: Plan, model: nn.Module) -> Plan:
     """The plan whose result the merged model is: the steps and parts that still have a graph."""
     steps = []
     for step in plan.steps:
-        parts = tuple(part for part in step.parts if _stands(model.get_submodule(part.path)))
+        parts = tuple(part for part in step.parts if _stands(model.get_submodule(part.path), part))
         if parts:
             statement = replace(step.statement, operation=step.operation.folded())
             steps.append(Step(statement, parts))
@@ -82,10 +84,13 @@ def _cost(plan: Plan, model: nn.Module, steps: int) -> Cost:
     return Cost(plan.cost.parameters, size, size, (added, *(0,) * (steps - 1)), (0,) * steps)
 
 
-def _stands(module: nn.Module) -> bool:
-    """Whether a place is still rewritten, itself or in the attention call that it hands out."""
+def _stands(module: nn.Module, part: Part) -> bool:
+    """Whether a place is still rewritten, itself or in the attention call or the edge that it hands out."""
+    if part.kind == "edge":
+        return isinstance(module._modules.get(CHILD), Edge)
     return isinstance(module, Rewritten) or any(
-        isinstance(child, Rewritten) and child.facts is None for child in module.children()
+        isinstance(child, Rewritten) and child.facts is None and not isinstance(child, Edge)
+        for child in module.children()
     )
 
 

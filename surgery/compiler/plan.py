@@ -10,6 +10,7 @@ from surgery.anatomy import select, study
 from surgery.anatomy.parts import Anatomy, Part, Stack
 from surgery.compiler.conflicts import conflicts
 from surgery.compiler.shared import at_one_place, elsewhere, standings
+from surgery.compiler.stacks import broken_rows
 from surgery.errors import Diagnostic, PlanError, SurgeryError
 from surgery.language.program import Program, Statement
 from surgery.language.selector import Union
@@ -129,7 +130,7 @@ def plan(
         program = replace(program, statements=tuple(read))
     resolved, shared = _steps(program, anatomy, standings(model))
     steps = tuple(sorted(resolved, key=_order))
-    found = conflicts(steps)
+    found = conflicts(steps) or broken_rows(steps)
     if found:
         raise PlanError(*found)
     cost = measure(steps, model, program.seed)

@@ -28,8 +28,8 @@ class Record:
 
 
 def unselected(plan: Plan, model: nn.Module) -> list[str]:
-    """Names of the tensors that no statement acts on; one on an attention call leaves its tensors alone."""
-    selected = {part.path for step in plan.steps for part in step.parts if part.kind != "attention"}
+    """Names of the tensors that no statement acts on; one on an attention call or an edge leaves its tensors alone."""
+    selected = {part.path for step in plan.steps for part in step.parts if not part.apart}
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     added = added_parameters(model)
     return [name for name in names if name.rpartition(".")[0] not in selected and name not in added]

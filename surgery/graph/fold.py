@@ -20,7 +20,8 @@ def affine(site: nn.Module, facts: Facts | None) -> Affine:
     try:
         site.eval()
         with torch.no_grad():
-            value = site(Affine(width, dtype=wide, one_hot=facts.lookup, device=device))
+            # Its own code: what hooks add, such as an adapter after it, is not folded and stays.
+            value = site.forward(Affine(width, dtype=wide, one_hot=facts.lookup, device=device))
     finally:
         site.train(training)
     if not isinstance(value, Affine):

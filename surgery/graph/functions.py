@@ -39,6 +39,21 @@ def add_branch(y: Any, branch: Any) -> Any:
     return (y + branch).to(y.dtype)
 
 
+def wide_linear(x: Any, weight: Tensor, bias: Tensor) -> Any:
+    """weight x + bias in the weight's dtype, which may be wider than x's."""
+    return F.linear(x.to(weight.dtype), weight, bias)
+
+
+def wide_norm(x: Any, weight: Tensor, bias: Tensor) -> Any:
+    """Layer norm over the last dimension, in the weight's dtype."""
+    return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias)
+
+
+def shaped_like(branch: Any, y: Any) -> Any:
+    """The branch in y's shape: some sub-layers read their tokens flattened."""
+    return branch if branch.shape == y.shape else branch.reshape(y.shape)
+
+
 def add_to_channels(y: Any, branch: Any, channels: Tensor) -> Any:
     """y with branch (..., len(channels)) added to some of its last dimension; all others keep their bits."""
     part = torch.index_select(y, -1, channels)

@@ -9,7 +9,7 @@ from typing import Any
 
 from surgery.errors import Diagnostic, ProgramError
 from surgery.language.program import Statement
-from surgery.language.roles import is_stack, names_parts, resolve
+from surgery.language.roles import is_stack, names_parts, resolve, union
 from surgery.language.selector import Difference, Intersection, Selector, Union
 from surgery.language.source import Span
 from surgery.language.suggest import did_you_mean, listed, nearest
@@ -272,7 +272,7 @@ class _Binder:
         if item.form == "compare":
             self.at += isinstance(self.peek(), Literal)
         value = convert(moved(item, span), Limits.of(f"'{option.word}'", option), self.context.directory)
-        if option.choices and value not in option.choices:
+        if option.choices and "variant" not in option.forms and value not in option.choices:
             raise ProgramError.of(
                 "S013", f"'{option.word}' cannot be {item.text}", span, f"expected {expected(option)}"
             )
@@ -335,7 +335,7 @@ class _Binder:
         return found
 
     def selector(self, clauses: Mapping[str, Clause]) -> Selector | None:
-        whole = self.leading
+        whole = self.leading or self.selected()
         if "on" in clauses:
             if whole is not None:
                 span = clauses["on"].span
@@ -348,8 +348,12 @@ class _Binder:
                     "S018",
                     f"{self.act.verb.text} is not told what to act on",
                     self.act.span,
-                    "expected `on` and a selector",
-                    "for example `on attn.q,v`, `on ffn`, `on all linear`, `on layers 0..3`",
+                    f"expected {self.selecting()} and a selector",
+                    "for example "
+                    + (
+                        ", ".join(f"`{word} ffn`" for word in self.operation.selecting)
+                        or "`on attn.q,v`, `on ffn`, `on all linear`, `on layers 0..3`"
+                    ),
                 )
             )
         for keyword, combine in (("in", Intersection), ("except", Difference)):
@@ -358,6 +362,14 @@ class _Binder:
                 if whole is not None and other is not None:
                     whole = combine(whole, other, self.act.span)
         return whole
+
+    def selected(self) -> Selector | None:
+        """What the options say that stand for `on`."""
+        said = [self.values[name] for name in self.operation.selecting if name in self.values]
+        return union(said, self.act.span) if said else None
+
+    def selecting(self) -> str:
+        return listed([f"`{word}`" for word in self.operation.selecting or ("on",)])
 
     def resolved(self, clause: Clause) -> Selector | None:
         try:

@@ -76,6 +76,8 @@ def synopsis(operation: type[Operation]) -> str:
     words = [_term(option) if option.required else f"[{_term(option)}]" for option in options]
     if operation.leads:
         return " ".join([operation.verb, "[SELECTOR]", *words])
+    if operation.selecting:
+        return " ".join([operation.verb, *words])
     target = "" if not operation.acts_on else "on SELECTOR" if operation.default_selector is None else "[on SELECTOR]"
     return " ".join(filter(None, [operation.verb, *words, target]))
 
@@ -93,12 +95,13 @@ def _term(option: Option) -> str:
     if option.place == "kind":
         return "|".join(option.choices)
     unit = f" {option.unit}" if option.unit else ""
-    written = _choices(option) if option.choices else "|".join(SHOWN[form] for form in option.forms)
+    free = [SHOWN[form] for form in option.forms if form != "variant" or not option.choices]
+    written = "|".join([*(free if "variant" in option.forms or not option.choices else ()), *_choices(option)])
     return f"{written}{unit}" if option.place == "quantity" else f"{option.word} {written}{unit}"
 
 
-def _choices(option: Option) -> str:
-    return "|".join(f"{word} {_carried(carried)}" if carried else str(word) for word, carried in option.choices.items())
+def _choices(option: Option) -> list[str]:
+    return [f"{word} {_carried(carried)}" if carried else str(word) for word, carried in option.choices.items()]
 
 
 def _carried(carried: Payload) -> str:

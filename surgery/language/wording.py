@@ -11,7 +11,12 @@ SAMPLES = {"count": "8", "number": "0.5", "share": "5%", "ratio": "2:4", "text":
 
 def expected(option: Option) -> str:
     """`a whole number, such as 8`, or the choices."""
-    return listed(option.choices) if option.choices else wanted(option.forms)
+    free = tuple(form for form in option.forms if form not in ("word", "variant"))
+    if not option.choices:
+        return wanted(option.forms)
+    return (
+        f"{wanted(free)}, or {listed(option.choices)}" if free and "variant" in option.forms else listed(option.choices)
+    )
 
 
 def described(option: Option) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.language.program import Statement
-from surgery.language.roles import is_sibling
+from surgery.language.roles import is_sibling, union
 from surgery.language.selector import Difference, Glob, Intersection, Layers, Role, Selector, Union
 from surgery.language.texts import encode
 from surgery.language.values import number_text, percent
@@ -20,9 +20,11 @@ def statement_text(statement: Statement) -> str:
     """`quantize base nf4 double`: what it acts on in front where the verb takes it there, else after `on`."""
     operation = statement.operation
     words = _words(operation)
-    whole, scope, cut = _clauses(statement.selector)
+    chosen = [getattr(operation, name) for name in operation.selecting]
+    said = union([selector for selector in chosen if selector is not None], statement.span) if any(chosen) else None
+    whole, scope, cut = _clauses(statement.selector, said)
     tail: list[str] = []
-    if whole == Union(()):
+    if whole == Union(()) or operation.selecting:
         pass
     elif operation.leads and _may_lead(whole, words):
         words = [selector_text(whole), *words]
@@ -111,9 +113,14 @@ def _scalar(value: Any, form: str) -> str:
     return number_text(value) if isinstance(value, (int, float)) else str(value)
 
 
-def _clauses(selector: Selector) -> tuple[Selector, Selector | None, Selector | None]:
-    whole, cut = (selector.whole, selector.cut) if isinstance(selector, Difference) else (selector, None)
-    return (whole.whole, whole.scope, cut) if isinstance(whole, Intersection) else (whole, None, cut)
+def _clauses(selector: Selector, said: Selector | None = None) -> tuple[Selector, Selector | None, Selector | None]:
+    """The whole, its scope and its cut. said: the whole, where options say it."""
+    cut: Selector | None = None
+    if isinstance(selector, Difference) and selector != said:
+        selector, cut = selector.whole, selector.cut
+    if isinstance(selector, Intersection) and selector != said:
+        return selector.whole, selector.scope, cut
+    return selector, None, cut
 
 
 def _may_lead(whole: Selector, words: list[str]) -> bool:

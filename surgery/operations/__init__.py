@@ -17,6 +17,7 @@ GROUP = "surgery.operations"
 
 TABLE: Mapping[str, str] = MappingProxyType(
     {
+        "adapter": "surgery.operations.adapter:Adapter",
         "quantize": "surgery.operations.quantize:Quantize",
         "ia3": "surgery.operations.ia3:Ia3",
         "lora": "surgery.operations.lora:Lora",

@@ -105,6 +105,16 @@ class Operation:
         """What the statement takes for itself where it acts; two that claim the same there are a conflict."""
         return (f"{self.verb} {name or 'default'}",)
 
+    @property
+    def follower(self) -> str | None:
+        """Name of the statement of this verb that comes next where both act; None when it is the last one."""
+        return None
+
+    @property
+    def beside_another(self) -> str:
+        """What to write where two statements of this verb claim the same."""
+        return "give one of them a name with `as NAME`"
+
     def warnings(self, parts: Sequence[Part], anatomy: Anatomy, model: Any) -> Iterable[str]:
         """What a plan's reader should know, though nothing is wrong. Runs while planning, on shapes alone.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from surgery.anatomy.parts import Part
 from surgery.compiler.plan import Plan, Step
+from surgery.graph.edge import bare
 from surgery.graph.module import Rewritten, rewritten
 
 ROWS = 5
@@ -32,7 +33,9 @@ class Place:
 
     def copied(self) -> Rewritten:
         """An independent copy in eval mode: its tensors may be written to."""
-        return copy.deepcopy(self.module).eval()
+        copied = copy.deepcopy(self.module).eval()
+        bare(copied)  # what hangs on its edge is checked by itself
+        return copied
 
     def statements(self) -> str:
         return "; ".join(dict.fromkeys(str(step.statement) for step, _ in self.visits))
@@ -79,7 +82,7 @@ class Subject:
         visits: dict[int, list[tuple[Step, Part]]] = {}
         for step in self.plan.steps:
             for part in step.parts:
-                if part.kind != "attention":
+                if not part.apart:
                     visits.setdefault(id(self.model.get_submodule(part.path)), []).append((step, part))
         groups: dict[object, list[tuple[str, Rewritten, tuple[tuple[Step, Part], ...]]]] = {}
         for path, module in rewritten(self.model):

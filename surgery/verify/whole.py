@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from surgery.anatomy.parts import Part
 from surgery.compiler.plan import Step
 from surgery.compiler.record import parameters, record_of
+from surgery.graph.edge import Edge
+from surgery.graph.edge import attached as attached_edge
 from surgery.graph.fingerprint import changed, fingerprints
 from surgery.graph.module import Rewritten, rewritten
 from surgery.verify.report import Finding
@@ -77,6 +79,8 @@ def _has(model: nn.Module, part: Part, statement: str, attached: bool) -> bool:
     """
     module = model.get_submodule(part.path)
     held = [module, *module.children()] if part.kind == "attention" else [module]
+    if part.kind == "edge":
+        held = [edge for edge in [attached_edge(model, part)] if edge is not None]
     graphs = [each.full for each in held if isinstance(each, Rewritten)]
     written = {node.meta.get("statement") for graph in graphs for node in graph.nodes}
     return statement in written if attached else bool(graphs)
@@ -142,7 +146,9 @@ def _not_run(promise: str, statement: str) -> Finding:
 
 
 def _attention_sites(model: nn.Module) -> list[tuple[str, Rewritten]]:
-    return [(path, module) for path, module in rewritten(model) if module.facts is None]
+    return [
+        (path, module) for path, module in rewritten(model) if module.facts is None and not isinstance(module, Edge)
+    ]
 
 
 @contextmanager

@@ -270,7 +270,7 @@ def facts(anatomy: Anatomy, stack: str | None, layer: int | None, prefix: str = 
     """Facts of one layer, or of what stands outside; T5's bias table, in its first layers only, is looked at apart."""
     found = []
     for part in anatomy.parts:
-        if part.kind == "block" or (part.stack, part.layer) != (stack, layer):
+        if part.kind in ("block", "edge") or (part.stack, part.layer) != (stack, layer):
             continue
         if stack is not None and part.role == "position":
             continue

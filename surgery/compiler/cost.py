@@ -74,7 +74,7 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0) -> Cost:
     problems: list[Diagnostic] = []
     unmerged: list[str] = []
     for place, visits in _places(steps):
-        kind = _kind(model, place, visits)
+        kind = _kind(model, steps, place, visits)
         if kind not in seen:
             try:
                 seen[kind] = _visit(drafts, steps, visits)
@@ -106,12 +106,15 @@ def _places(steps: Sequence[Step]) -> Iterable[tuple[tuple[str, str], list[tuple
     return places.items()
 
 
-def _kind(model: nn.Module, place: tuple[str, str], visits: list[tuple[int, Part]]) -> object:
+def _kind(model: nn.Module, steps: Sequence[Step], place: tuple[str, str], visits: list[tuple[int, Part]]) -> object:
     """Equal for places where the same edits cost the same."""
     module = model.get_submodule(place[0])
     shapes = tuple((name, t.shape, t.dtype) for name, t in module.named_parameters(recurse=False))
-    steps = tuple((index, part.role, part.shape, part.channels, part.heads) for index, part in visits)
-    return type(module), shapes, steps
+    edits = tuple(
+        (index, str(steps[index].operation.at(part)), part.role, part.shape, part.channels, part.heads)
+        for index, part in visits
+    )
+    return type(module), shapes, edits
 
 
 def _visit(drafts: Any, steps: Sequence[Step], visits: list[tuple[int, Part]]) -> list[tuple[int, int, int]]:

@@ -46,6 +46,9 @@ class Step:
             "parts": [part.to_json() for part in self.parts],
         }
 
+            **({"notes": list(operation.notes()), "sizes": operation.sizes()} if operation.sizes() else {}),
+            **({"freezes": True} if operation.freezes else {}),
+            **({"standing": True} if self.standing else {}),
 
 @dataclass(frozen=True)
 class Plan:
@@ -93,11 +96,19 @@ class Plan:
         stacks = tuple(Stack(*stack) for stack in data["stacks"])
         anatomy = Anatomy(data["model"], stacks, tuple(map(Part.from_json, data["positions"])))
         steps = tuple(
-            Step(parse(step["statement"]).statements[0], tuple(map(Part.from_json, step["parts"])))
+            Step(_read(step["statement"], step.get("sizes", {})), tuple(map(Part.from_json, step["parts"])))
             for step in data["steps"]
         )
         program = replace(parse(data["program"]), seed=data["seed"])
-        return cls(program, anatomy, steps, Cost.from_json(data), tuple(data["warnings"]))
+        return cls(program, anatomy, steps, Cost.from_json(data), tuple(data["warnings"]), tuple(data.get("notes", ())))
+
+
+def _read(text: str, sizes: dict[str, Any]) -> Statement:
+    """A step's statement, with what was decided when it was planned."""
+    from surgery.language import parse
+
+    statement = parse(text).statements[0]
+    return replace(statement, operation=statement.operation.resized(sizes))
 
 
 def plan(
@@ -161,6 +172,7 @@ def _steps(program: Program, anatomy: Anatomy, shared: Mapping[str, list[str]]) 
     return steps, warnings
 
 
+            statement = _sized(statement, parts, model)
 def _chosen(anatomy: Anatomy, statement: Statement) -> tuple[Part, ...]:
     """What the selector finds; nothing for a statement about the whole model, which has none."""
     if statement.operation.acts_on:
@@ -186,6 +198,15 @@ def _parts(statement: Statement, parts: tuple[Part, ...]) -> tuple[Part, ...]:
             help=f"found: {_listing(parts)}",
         )
     return parts
+def _sized(statement: Statement, parts: Sequence[Part], model: nn.Module) -> Statement:
+    """The statement with what its parts decide together; errors stand at the statement."""
+    parameters = sum({id(tensor): tensor.numel() for tensor in model.parameters()}.values())
+    try:
+        return replace(statement, operation=statement.operation.sized(parts, parameters))
+    except PlanError as error:
+        raise PlanError(*(replace(each, span=each.span or statement.span) for each in error.diagnostics)) from None
+
+
 
 
 def _by_path(parts: Iterable[Part]) -> list[list[Part]]:
@@ -216,7 +237,7 @@ def _misfits(statement: Statement, parts: Iterable[Part]) -> list[Diagnostic]:
     """One diagnostic for each reason, naming the first place and counting the others."""
     reasons: dict[str, list[Part]] = {}
     for part in parts:
-        reason = statement.operation.fits(part)
+        reason = statement.operation.at(part).fits(part)
         if reason is not None:
             reasons.setdefault(reason, []).append(part)
     return [

@@ -33,9 +33,11 @@ def _step(step: Mapping[str, Any]) -> list[str]:
         + "  ".join((a.ljust(widths[0]), b.ljust(widths[1]), c.ljust(widths[2]), n.rjust(widths[3]), path))
         for a, b, c, n, path in rows
     ]
-    notes = []
+    notes = list(step.get("notes", ()))
     if step["parameters_added"]:
         notes.append(f"+{step['parameters_added']:,} parameters")
+    if step.get("parameters_trained"):
+        notes.append(f"{step['parameters_trained']:,} parameters trained")
     change = step["bytes_changed"]
     if rows or change:
         notes.append(f"{'+' if change >= 0 else '-'}{size(abs(change))}")

@@ -394,6 +394,18 @@ class _Binder:
             return None
 
     def missing(self) -> None:
+        choice = [option for option in self.options if option.name in self.operation.one_of]
+        if choice and not any(option.name in self.values or option.name in self.attempted for option in choice):
+            names = " or ".join(described(option) for option in choice)
+            self.faults.append(
+                Diagnostic(
+                    "S015",
+                    f"{self.act.verb.text} needs {names}",
+                    self.act.verb.span,
+                    f"expected {names}",
+                    f"{usage(choice[0])}: {choice[0].help}",
+                )
+            )
         for option in self.options:
             if option.required and option.name not in self.values and option.name not in self.attempted:
                 self.faults.append(

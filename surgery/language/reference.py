@@ -19,6 +19,8 @@ MARKER = "<!-- From here on generated: surgery reference --write grammar/README.
 SHOWN: Mapping[Form, str] = {
     "count": "N",
     "number": "X",
+    "counts": "N, N, ...",
+    "numbers": "X, X, ...",
     "share": "P%",
     "ratio": "N:M",
     "word": "WORD",

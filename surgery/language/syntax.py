@@ -128,6 +128,8 @@ class _Reader:
             return Directive(str(parts[0]), self.literal(parts[1]), span)
         if node.data == "let":
             value = parts[2]
+            if _type(value) == "table":
+                return Let(self.word(parts[1]), self.table(value), span)
             return Let(self.word(parts[1]), self.word(value) if _type(value) == "NAME" else self.literal(value), span)
         if node.data == "include":
             return Include(self.literal(parts[1]), span)
@@ -155,6 +157,8 @@ class _Reader:
             return Joined(
                 self.selection(first), tuple((str(by), self.selection(term, True)) for by, term in pairs), span
             )
+        if kind == "table":
+            return self.table(node)
         if kind == "every":
             return Every(self.word(node.children[1]), span)
         if kind == "layers":
@@ -176,6 +180,9 @@ class _Reader:
 
     def literal(self, token: Any) -> Literal:
         return Literal(FORMS[token.type], str(token), self.span(token, token))
+
+    def table(self, node: Any) -> Literal:
+        return Literal("table", ", ".join(map(str, node.children[::2])), self.span(*_ends(node)))
 
     def span(self, first: Any, last: Any) -> Span:
         return Span(self.source, self.offset + first.start_pos, self.offset + last.end_pos)

@@ -18,9 +18,9 @@ class Word:
 
 @dataclass(frozen=True)
 class Literal:
-    """A value as it was written: `8`, `5%`, `2:4`, `"text"` with its quotes, `<=`."""
+    """A value as it was written: `8`, `5%`, `2:4`, `"text"` with its quotes, `<=`; `4, 8, 16` with single spaces."""
 
-    form: OneOf["number", "percent", "ratio", "text", "compare"]
+    form: OneOf["number", "percent", "ratio", "text", "compare", "table"]
     text: str
     span: Span = field(default=NOWHERE, compare=False, repr=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from surgery.operations.options import Form, Option, Payload, Ratio
 
 WHOLE = re.compile(r"-?\d+")
 LONGEST = 40
+TABLES: dict[Form, Form] = {"counts": "count", "numbers": "number"}
 WANTED: dict[Form, str] = {
     "count": "a whole number, such as 8",
+    "counts": "one for each layer, such as 4, 8, 16",
+    "numbers": "one for each layer, such as 8, 8, 16",
     "number": "a number, such as 0.5 or 2e-4",
     "share": "a percentage, such as 5%",
     "ratio": "a ratio, such as 2:4",
@@ -55,6 +58,8 @@ def wanted(forms: tuple[Form, ...]) -> str:
 
 def convert(literal: Literal, limits: Limits, directory: Path | None) -> Any:
     """The value. Raises ProgramError: S012 when it is of another type, S013 when it is out of range."""
+    if literal.form == "table":
+        return _table(literal, limits, directory)
     if len(literal.text) > LONGEST and literal.form != "text":
         raise ProgramError.of("S013", f"a number of {len(literal.text)} characters", literal.span, "too long")
     if literal.form in ("number", "percent") and _absurd(literal.text):
@@ -75,6 +80,17 @@ def convert(literal: Literal, limits: Limits, directory: Path | None) -> Any:
             _rewritten(literal, limits.forms),
         )
     )
+
+
+def _table(literal: Literal, limits: Limits, directory: Path | None) -> tuple[Any, ...]:
+    """Every entry for itself, all of the same type."""
+    single: tuple[Form, ...] = tuple(TABLES[form] for form in limits.forms if form in TABLES)
+    if not single:
+        raise ProgramError.of(
+            "S012", f"{limits.name} cannot be a table", literal.span, f"expected {wanted(limits.forms)}"
+        )
+    entries = (Literal("number", text, literal.span) for text in literal.text.split(", "))
+    return tuple(convert(entry, replace(limits, forms=single), directory) for entry in entries)
 
 
 def moved(literal: Literal, span: Span) -> Literal:

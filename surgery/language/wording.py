@@ -6,7 +6,16 @@ from surgery.language.suggest import listed
 from surgery.language.values import wanted
 from surgery.operations.options import Option
 
-SAMPLES = {"count": "8", "number": "0.5", "share": "5%", "ratio": "2:4", "text": '"..."', "file": '"..."'}
+SAMPLES = {
+    "count": "8",
+    "counts": "4, 8",
+    "numbers": "8, 16",
+    "number": "0.5",
+    "share": "5%",
+    "ratio": "2:4",
+    "text": '"..."',
+    "file": '"..."',
+}
 
 
 def expected(option: Option) -> str:

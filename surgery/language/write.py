@@ -94,7 +94,7 @@ def _words(operation: Operation) -> list[str]:
 
 def _form(value: Any, option: Option) -> str:
     """Which of an option's forms a value was read as."""
-    types = {"count": int, "number": float, "share": float, "file": Path}
+    types = {"count": int, "number": float, "share": float, "file": Path, "counts": tuple, "numbers": tuple}
     for form in option.forms:
         if form in types and isinstance(value, types[form]):
             return form
@@ -110,6 +110,8 @@ def _scalar(value: Any, form: str) -> str:
         text = selector_text(value)
         plain = all(isinstance(item, Role) for item in (value.items if isinstance(value, Union) else (value,)))
         return text if plain or isinstance(value, (Intersection, Difference)) else f"({text})"
+    if form in ("counts", "numbers"):
+        return ", ".join(map(number_text, value))
     return number_text(value) if isinstance(value, (int, float)) else str(value)
 
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from surgery.language.selector import Selector
 from surgery.operations.options import (
     Count,
+    Counts,
     File,
     Flag,
     Number,
+    Numbers,
     Payload,
     Ratio,
     SameAs,
@@ -56,12 +58,14 @@ class Operation:
     granularity: ClassVar[Granularity] = "part"
     keeps_zeros: ClassVar[bool] = False  # merged into a pruned weight, it leaves the zeros
 
+    one_of: ClassVar[tuple[str, ...]] = ()  # options of which one has to be said
+    freezes: ClassVar[bool] = False  # its parts are taken out of what others train
     def __post_init__(self) -> None:
         for declared in schema(type(self)):
             value = getattr(self, declared.name)
             if isinstance(value, SameAs):
                 copied = getattr(self, value.field)
-                object.__setattr__(self, declared.name, float(copied) if declared.forms == ("number",) else copied)
+                object.__setattr__(self, declared.name, _floats(copied) if "number" in declared.forms else copied)
 
     def __str__(self) -> str:
         """The verb and every option that is not at its default, as written in a program."""
@@ -83,6 +87,29 @@ class Operation:
         return None
 
     def promises(self) -> tuple[str, ...]:
+    def sized(self, parts: Sequence[Part], parameters: int) -> Operation:
+        """The operation with what all its parts decide together filled in, such as ranks from a budget.
+
+        Runs while planning, on shapes alone. parameters: numbers in the model. May raise PlanError.
+        """
+        return self
+
+    def sizes(self) -> dict[str, Any]:
+        """What `sized` has decided, as JSON, for a plan that is written down."""
+        return {}
+
+    def resized(self, sizes: dict[str, Any]) -> Operation:
+        """The operation with what was decided before, read from such JSON."""
+        return self
+
+    def at(self, part: Part) -> Operation:
+        """The operation as it is at one part, where parts differ in it."""
+        return self
+
+    def notes(self) -> Iterable[str]:
+        """What the plan says of the statement besides counts and sizes."""
+        return ()
+
         """Names of the promises that hold with these options."""
         return ()
 
@@ -167,3 +194,10 @@ __all__ = [
     "same_as",
     "schema",
 ]
+def _floats(value: Any) -> Any:
+    """A number, every entry of a table, or nothing, as floats."""
+    return tuple(map(float, value)) if isinstance(value, tuple) else value if value is None else float(value)
+
+
+    "Counts",
+    "Numbers",

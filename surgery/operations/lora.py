@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from surgery.errors import GraphError
 from surgery.lazy import functional, functions, torch
 from surgery.operations.base import (
     Count,
+    Counts,
     Flag,
     Number,
+    Numbers,
     Operation,
     Phase,
     Share,
+    Start,
     Variant,
     Word,
     flag,
@@ -23,9 +26,11 @@ from surgery.operations.base import (
     same_as,
 )
 from surgery.operations.lora_init import RANDOM, loftq, normal, pissa
+from surgery.operations.lora_ranks import by_layer, told, within
+from surgery.operations.lora_ranks import key as place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
     from torch import Generator, Tensor
@@ -46,9 +51,19 @@ class Lora(Operation):
     verb: ClassVar[str] = "lora"
     phase: ClassVar[Phase] = "attach"
     acts_on: ClassVar[tuple[Kind, ...]] = ("projection", "lookup")
+    one_of: ClassVar[tuple[str, ...]] = ("rank", "budget")
 
-    rank: Count = option("width of the bottleneck", at_least=1)
-    alpha: Number = option("numerator of the scale", default=same_as("rank"), above=0)
+    rank: Count | Counts | None = option(
+        "width of the bottleneck; a table has one for each layer", default=None, at_least=1
+    )
+    budget: Share | None = option(
+        "instead of `rank`: share of all parameters that may be trained. The largest equal rank that it pays for, then "
+        "one more wherever that still fits, in the model's order",
+        default=None,
+        above=0,
+        below=1,
+    )
+    alpha: Number | Numbers | None = option("numerator of the scale", default=same_as("rank"), above=0)
     dropout: Share = option("share of the adapter's input dropped in training", default=0.0, below=1)
     init: Word | Variant = option(
         "what A starts as. `pissa`: A and B from the weight's largest singular values, the base keeps the rest; "
@@ -58,6 +73,9 @@ class Lora(Operation):
     )
     scale: Word = option("alpha/rank, or `rs`: alpha/sqrt(rank)", default="alpha", choices=("alpha", "rs"))
     dora: Flag = flag("learn each output's norm apart from its direction (Liu et al. 2024)")
+
+    ranks: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
+    alphas: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def start(self) -> str:
@@ -72,16 +90,51 @@ class Lora(Operation):
     @property
     def factor(self) -> float:
         """s: what the low-rank product is multiplied with."""
-        return self.alpha / (math.sqrt(self.rank) if self.scale == "rs" else self.rank)
+        assert isinstance(self.alpha, float | int), "of one part, see `at`"
+        return self.alpha / (math.sqrt(self.r) if self.scale == "rs" else self.r)
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        assert isinstance(self.rank, int), "of one part, see `at`"
+        return self.rank
 
     def validate(self) -> Iterable[tuple[str, str, str]]:
+        if (self.rank is None) == (self.budget is None):
+            yield "budget", "the ranks come from `rank` or from `budget`", "take one of them"
+        if isinstance(self.rank, tuple) and isinstance(self.alpha, tuple) and len(self.rank) != len(self.alpha):
+            yield "alpha", f"{len(self.rank)} ranks and {len(self.alpha)} alphas", "write one of each for every layer"
         if self.dora and self.from_weight:
             yield "dora", f"`dora` and `init {self.start}` both redefine the weight", "take one of them"
 
+    def sized(self, parts: Sequence[Part], parameters: int) -> Lora:
+        ranks = within(self.budget, parts, parameters, self.dora) if self.budget is not None else {}
+        if isinstance(self.rank, tuple):
+            ranks = by_layer(self.rank, parts, "rank")
+        alphas = by_layer(self.alpha, parts, "alpha") if isinstance(self.alpha, tuple) else {}
+        return replace(self, ranks=ranks, alphas=alphas)
+
+    def sizes(self) -> dict[str, Any]:
+        return {name: dict(said) for name, said in (("ranks", self.ranks), ("alphas", self.alphas)) if said}
+
+    def resized(self, sizes: dict[str, Any]) -> Lora:
+        return replace(self, **sizes)
+
+    def at(self, part: Part) -> Lora:
+        if not self.ranks and not self.alphas:
+            return self
+        rank, alpha = self.ranks.get(place(part), self.rank), self.alphas.get(place(part), self.alpha)
+        one = replace(self, rank=rank, alpha=alpha, budget=None, ranks={}, alphas={})
+        return one if alpha is not None else replace(one, alpha=float(one.r))
+
+    def notes(self) -> Iterable[str]:
+        if self.ranks:
+            yield told(self.ranks)
+
     def fits(self, part: Part) -> str | None:
         narrow = min(part.width, part.shape[1])
-        if self.rank > narrow:
-            return f"rank {self.rank} on a {part.width} x {part.shape[1]} matrix, whose rank is at most {narrow}"
+        if self.r > narrow:
+            return f"rank {self.r} on a {part.width} x {part.shape[1]} matrix, whose rank is at most {narrow}"
         if part.kind == "lookup" and (self.dora or self.from_weight):
             return f"{'dora' if self.dora else f'init {self.start}'} needs a linear map, not a lookup"
         if part.tied and self.from_weight:
@@ -99,19 +152,31 @@ class Lora(Operation):
             return ("merges",)  # what the base was is only known to rounding once it has changed
         return ("identity_at_init", "merges", "off_means_off")
 
+    @property
+    def starts_from(self) -> Start:
+        return "full weight" if self.from_weight else "weight" if self.dora else "chance"
+
+    @property
+    def changes_base(self) -> bool:
+        return self.from_weight
+
     def claims(self, name: str | None) -> tuple[str, ...]:
         # PiSSA and LoftQ change the base's weight, whose zeros a mask holds fast, and whose norms DoRA starts from.
         base = ("mask", "norms") if self.from_weight else ("norms",) if self.dora else ()
         return (f"adapter {name or 'default'}", *base)
 
     def rewrite(self, site: Site) -> None:
+        lora = self.at(site.part)
         if site.is_lookup:
-            self._rewrite_lookup(site)
-            return
+            lora._rewrite_lookup(site)
+        else:
+            lora._rewrite_projection(site)
+
+    def _rewrite_projection(self, site: Site) -> None:
         if self.from_weight:
             self._check_base(site)
-        a = site.parameter("lora_A", (self.rank, site.in_features), RANDOM.get(self.start, zeros))
-        b = site.parameter("lora_B", (site.out_features, self.rank))
+        a = site.parameter("lora_A", (self.r, site.in_features), RANDOM.get(self.start, zeros))
+        b = site.parameter("lora_B", (site.out_features, self.r))
         x = site.input
         if self.dropout:
             x = site.module("lora_dropout", torch.nn.Dropout(self.dropout))(x)
@@ -120,8 +185,8 @@ class Lora(Operation):
 
     def _rewrite_lookup(self, site: Site) -> None:
         """A's columns are looked up, so A is what must start at zero for one row to be trained at a time."""
-        a = site.parameter("lora_A", (self.rank, site.in_features))
-        b = site.parameter("lora_B", (site.out_features, self.rank), normal)
+        a = site.parameter("lora_A", (self.r, site.in_features))
+        b = site.parameter("lora_B", (site.out_features, self.r), normal)
         row = site.call(functional.embedding, site.input, site.call(torch.t, a), site.padding)
         site.add_to_output(site.call(torch.mul, site.call(functional.linear, row, b), self.factor))
 
@@ -138,14 +203,14 @@ class Lora(Operation):
                 m = site.data("lora_magnitude")
                 m.data.copy_(torch.linalg.vector_norm(site.evaluate(site.own_rows(site.weight)).to(m.dtype), dim=1))
             if self.from_weight:
-                a, b = self._from_weight(site)
+                a, b = self.at(site.part)._from_weight(site)
                 site.data("lora_A").data.copy_(a)
                 site.data("lora_B").data.copy_(b)
 
     def _from_weight(self, site: Site) -> tuple[Tensor, Tensor]:
         if isinstance(self.init, Variant):
-            return loftq(site, self.rank, self.factor, int(str(self.init.value)))
-        return pissa(site, self.rank, self.factor)
+            return loftq(site, self.r, self.factor, int(str(self.init.value)))
+        return pissa(site, self.r, self.factor)
 
     def _check_base(self, site: Site) -> None:
         if not site.can_hold:

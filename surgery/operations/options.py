@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from surgery.language.selector import Selector
 
-Form = Literal["count", "number", "share", "ratio", "word", "flag", "text", "file", "variant", "selection"]
+Form = Literal["count", "number", "counts", "numbers", "share", "ratio", "word", "flag", "text", "file", "variant", "selection"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Variant:
 # What an option is written like; to a type checker they are plain Python types.
 Count = Annotated[int, "count"]
 Number = Annotated[float, "number"]
+Counts = Annotated[tuple[int, ...], "counts"]
+Numbers = Annotated[tuple[float, ...], "numbers"]
 Share = Annotated[float, "share"]
 Word = Annotated[str, "word"]
 Flag = Annotated[bool, "flag"]

@@ -46,6 +46,7 @@ values = st.one_of(
     st.builds(Literal, st.just("percent"), st.builds("{}%".format, integers)),
     st.builds(Literal, st.just("ratio"), st.builds("{}:{}".format, st.integers(0, 9), st.integers(0, 9))),
 )
+tables = st.builds(Literal, st.just("table"), st.lists(integers.map(str), min_size=2, max_size=4).map(", ".join))
 texts = st.builds(Literal, st.just("text"), PRINTABLE.map(encode).filter(lambda text: "\r" not in text))
 compares = st.builds(Literal, st.just("compare"), st.sampled_from(("<", "<=", ">", ">=", "==", "!=")))
 ranges = st.integers(-9, 9).map(str) | st.builds("{}..{}".format, st.integers(-9, 9), st.integers(-9, 9))
@@ -71,7 +72,15 @@ def _selections(terms: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 selections: st.SearchStrategy[Selection] = _selections(words | texts | everies | layer_ranges | stacked)
 items: st.SearchStrategy[Selection] = st.one_of(
-    words, values, texts, compares, everies, layer_ranges, _joined(words | texts | everies), _grouped(selections)
+    words,
+    values,
+    tables,
+    texts,
+    compares,
+    everies,
+    layer_ranges,
+    _joined(words | texts | everies),
+    _grouped(selections),
 )
 clauses = st.one_of(
     st.builds(Clause, st.sampled_from(("on", "in", "except")), selections),
@@ -89,7 +98,7 @@ acts = st.builds(
 ORDER = ("on", "in", "except", "as", "expect")
 nodes = st.one_of(
     acts,
-    st.builds(Let, words, words | values | texts),
+    st.builds(Let, words, words | values | tables | texts),
     st.builds(Include, texts),
     st.builds(Directive, st.sampled_from(("surgery", "seed")), numbers),
 )
@@ -140,6 +149,9 @@ def _written(form: Form, limits: Option | Payload) -> st.SearchStrategy[Any]:
         return st.integers(0, 600).filter(inside)
     if form == "number":
         return st.floats(1e-8, 1e8).filter(inside)
+    if form in ("counts", "numbers"):
+        single: Form = "count" if form == "counts" else "number"
+        return st.lists(_written(single, limits), min_size=2, max_size=4).map(tuple)
     if form == "share":
         return st.floats(0, 1).filter(inside)
     if form == "ratio":

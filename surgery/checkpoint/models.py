@@ -103,6 +103,14 @@ def _directory(spec: str) -> Path | None:
     )
 
 
+def directory_of(spec: str) -> Path:
+    """The directory that `spec` means, a base or an output. Errors: CheckpointError S401, S402."""
+    path = demo_directory() if spec == "demo" else Path(spec).expanduser()
+    if not path.is_dir():
+        raise CheckpointError.of("S401", f"no directory `{spec}`", help="a directory of safetensors files, or `demo`")
+    return path
+
+
 def _origin(spec: str, directory: Path) -> str:
     return spec if spec == "demo" else str(directory.resolve())
 

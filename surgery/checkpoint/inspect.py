@@ -1,0 +1,108 @@
+"""What a directory of tensors is, without reading the weights: headers, the manifest, and the masks' bits."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.checkpoint.compare import tensors_of
+from surgery.checkpoint.header import WIDTHS, TensorInfo
+from surgery.checkpoint.manifest import NAME, Manifest
+
+MASK = "_mask"
+
+
+def inspect(directory: Path) -> dict[str, Any]:
+    """model, files (name, bytes, tensors, elements by dtype); of an output also version, program, steps, promises.
+
+    Errors: CheckpointError S410 to S414 for the files, S440 and S441 for the manifest.
+    """
+    tensors = tensors_of(directory)
+    config = _config(directory)
+    found: dict[str, Any] = {
+        "model": ", ".join(config.get("architectures") or ())
+        or config.get("model_type")
+        or "tensors without config.json",
+        "files": _files(tensors),
+    }
+    if isinstance(quantization := config.get("quantization_config"), Mapping):
+        words = ("quant_method", "bnb_4bit_quant_type")
+        found["quantization"] = " ".join(str(quantization[word]) for word in words if quantization.get(word))
+    if (directory / NAME).exists():
+        manifest = Manifest.read(directory)
+        found.update(
+            model=manifest.model_class.rpartition(":")[2],
+            version=manifest.version,
+            origin=manifest.origin,
+            program=manifest.program,
+            steps=[_step(step, tensors) for step in manifest.plan["steps"]],
+            promises=_promises(manifest.promises),
+        )
+    return found
+
+
+def _files(tensors: Mapping[str, tuple[Path, TensorInfo]]) -> list[dict[str, Any]]:
+    files: dict[Path, list[TensorInfo]] = {}
+    for path, info in tensors.values():
+        files.setdefault(path, []).append(info)
+    return [
+        {
+            "name": path.name,
+            "bytes": path.stat().st_size,
+            "tensors": len(infos),
+            "elements": dict(sum((Counter({info.dtype: _count(info)}) for info in infos), Counter())),
+        }
+        for path, infos in sorted(files.items())
+    ]
+
+
+def _count(info: TensorInfo) -> int:
+    return (info.stop - info.start) * 8 // WIDTHS[info.dtype]
+
+
+def _step(step: Mapping[str, Any], tensors: Mapping[str, tuple[Path, TensorInfo]]) -> dict[str, Any]:
+    """A statement, how many places it acts on, what it added, and where it masks, the share of zeros it makes."""
+    told = {
+        "statement": step["statement"],
+        "places": len(step["parts"]),
+        "parameters": step["parameters_added"],
+    }
+    kept = weights = 0
+    if step["phase"] == "mask":
+        for part in step["parts"]:
+            held = tensors.get(f"{part['path']}.{part.get('parameter', 'weight')}{MASK}")
+            if held is not None:
+                weights += part["shape"][0] * part["shape"][1]
+                kept += _ones(*held)
+    if weights:
+        told["zeros"] = 1 - kept / weights
+    return told
+
+
+def _ones(path: Path, info: TensorInfo) -> int:
+    """Number of bits that are set."""
+    with path.open("rb") as file:
+        file.seek(info.start)
+        data = torch.frombuffer(bytearray(file.read(info.stop - info.start)), dtype=torch.uint8)
+    return int(torch.tensor([bin(byte).count("1") for byte in range(256)])[data.int()].sum())
+
+
+def _promises(report: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if report is None:
+        return None
+    findings = report["findings"]
+    broken = [f"{each['promise']} at {each['place']}" for each in findings if each["status"] == "fails"]
+    return {"names": list(dict.fromkeys(each["promise"] for each in findings)), "broken": broken}
+
+
+def _config(directory: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads((directory / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -162,15 +162,18 @@ class Insertion:
     def _layout(self, arguments: tuple[Any, ...]) -> Layout | None:
         """That of the call under way; of one that is over, when a checkpoint runs the last layer again for gradients.
 
-        The tensor that the layer is called with remembers it: checkpoints keep that very tensor.
+        The memory of the tensor that the layer is called with remembers it: checkpoints keep that very memory.
         """
+        call = self.call
+        if torch.compiler.is_compiling():
+            return None if call is None else call.layout
         first = next((each for each in arguments if isinstance(each, Tensor)), None)
-        if self.call is None:
-            layout: Layout | None = getattr(first, MARK, None)
+        if call is None:
+            layout: Layout | None = None if first is None else getattr(first.untyped_storage(), MARK, None)
             return layout
-        if first is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            setattr(first, MARK, self.call.layout)
-        return self.call.layout
+        if first is not None and first.requires_grad:
+            setattr(first.untyped_storage(), MARK, call.layout)
+        return call.layout
 
     def _cut(self, value: Any, layout: Layout) -> Tensor:
         if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] < layout.n + layout.length:

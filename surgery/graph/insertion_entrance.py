@@ -22,7 +22,8 @@ class Entrance:
     """Where rows enter and leave a model; paths of modules.
 
     root: takes the tokens and runs the stack. lookup: gives word embeddings of `width`. leave: what has the last
-    layer's output; the list's owner, or, where that is the root, the last layer. keeps: a decoder attends to the rows,
+    layer's output: the list's owner, or, where that is the root, the last layer (the root where layers are spread over
+    several lists). keeps: a decoder attends to the rows,
     so they stay. readers: modules that read the encoder's output and a mask for it. room: positions of a learned
     table, None without one. placeholder: a token that means nothing special.
     """
@@ -51,7 +52,8 @@ class Entrance:
         part = max(found, key=lambda part: (len(shared[part.path].split(".")) if shared[part.path] else 0, part.shape))
         root = _callable(model, shared[part.path])
         leave = owner
-        if owner == root:
+        single = any(p.role == "layer" and p.stack == stack.name for p in anatomy.parts)
+        if owner == root and single:
             last = list(layers_of(model.get_submodule(stack.path)))[-1]
             leave = f"{stack.path}.{last}" if stack.path else last
         keeps = any(p.kind == "attention" and p.role == "cross" and p.stack != stack.name for p in anatomy.parts)

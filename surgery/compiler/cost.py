@@ -12,6 +12,7 @@ from surgery.anatomy.parts import Part
 from surgery.errors import Diagnostic, PlanError, SurgeryError
 from surgery.graph.affine import NotAffine
 from surgery.graph.fold import affine
+from surgery.graph.module import Rewritten
 
 if TYPE_CHECKING:
     from surgery.compiler.drafts import Drafts
@@ -109,12 +110,13 @@ def _places(steps: Sequence[Step]) -> Iterable[tuple[tuple[str, str], list[tuple
 def _kind(model: nn.Module, steps: Sequence[Step], place: tuple[str, str], visits: list[tuple[int, Part]]) -> object:
     """Equal for places where the same edits cost the same."""
     module = model.get_submodule(place[0])
+    own = module.original if isinstance(module, Rewritten) else module
     shapes = tuple((name, t.shape, t.dtype) for name, t in module.named_parameters(recurse=False))
     edits = tuple(
         (index, str(steps[index].operation.at(part)), part.role, part.shape, part.channels, part.heads)
         for index, part in visits
     )
-    return type(module), shapes, edits
+    return type(own), shapes, edits
 
 
 def _visit(drafts: Any, steps: Sequence[Step], visits: list[tuple[int, Part]]) -> list[tuple[int, int, int]]:

@@ -44,11 +44,9 @@ class Step:
             "merge": operation.on_merge,
             "promises": list(operation.promises()),
             "parts": [part.to_json() for part in self.parts],
+            **({"notes": list(operation.notes()), "sizes": operation.sizes()} if operation.sizes() else {}),
         }
 
-            **({"notes": list(operation.notes()), "sizes": operation.sizes()} if operation.sizes() else {}),
-            **({"freezes": True} if operation.freezes else {}),
-            **({"standing": True} if self.standing else {}),
 
 @dataclass(frozen=True)
 class Plan:
@@ -161,6 +159,7 @@ def _steps(program: Program, anatomy: Anatomy, shared: Mapping[str, list[str]]) 
         try:
             chosen = _chosen(anatomy, statement)
             parts = _parts(statement, at_one_place(chosen, shared))
+            statement = _sized(statement, parts, model)
         except SurgeryError as error:
             problems += error.diagnostics
             continue
@@ -172,7 +171,6 @@ def _steps(program: Program, anatomy: Anatomy, shared: Mapping[str, list[str]]) 
     return steps, warnings
 
 
-            statement = _sized(statement, parts, model)
 def _chosen(anatomy: Anatomy, statement: Statement) -> tuple[Part, ...]:
     """What the selector finds; nothing for a statement about the whole model, which has none."""
     if statement.operation.acts_on:
@@ -187,6 +185,15 @@ def _chosen(anatomy: Anatomy, statement: Statement) -> tuple[Part, ...]:
     return ()
 
 
+def _sized(statement: Statement, parts: Sequence[Part], model: nn.Module) -> Statement:
+    """The statement with what its parts decide together; errors stand at the statement."""
+    parameters = sum({id(tensor): tensor.numel() for tensor in model.parameters()}.values())
+    try:
+        return replace(statement, operation=statement.operation.sized(parts, parameters))
+    except PlanError as error:
+        raise PlanError(*(replace(each, span=each.span or statement.span) for each in error.diagnostics)) from None
+
+
 def _parts(statement: Statement, parts: tuple[Part, ...]) -> tuple[Part, ...]:
     if statement.operation.granularity != "part":
         parts = tuple(_joined(group) for group in _by_path(parts))
@@ -198,15 +205,6 @@ def _parts(statement: Statement, parts: tuple[Part, ...]) -> tuple[Part, ...]:
             help=f"found: {_listing(parts)}",
         )
     return parts
-def _sized(statement: Statement, parts: Sequence[Part], model: nn.Module) -> Statement:
-    """The statement with what its parts decide together; errors stand at the statement."""
-    parameters = sum({id(tensor): tensor.numel() for tensor in model.parameters()}.values())
-    try:
-        return replace(statement, operation=statement.operation.sized(parts, parameters))
-    except PlanError as error:
-        raise PlanError(*(replace(each, span=each.span or statement.span) for each in error.diagnostics)) from None
-
-
 
 
 def _by_path(parts: Iterable[Part]) -> list[list[Part]]:

@@ -36,8 +36,6 @@ def _step(step: Mapping[str, Any]) -> list[str]:
     notes = list(step.get("notes", ()))
     if step["parameters_added"]:
         notes.append(f"+{step['parameters_added']:,} parameters")
-    if step.get("parameters_trained"):
-        notes.append(f"{step['parameters_trained']:,} parameters trained")
     change = step["bytes_changed"]
     if rows or change:
         notes.append(f"{'+' if change >= 0 else '-'}{size(abs(change))}")

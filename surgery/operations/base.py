@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from surgery.anatomy.parts import Anatomy, Kind, Part
 
 Phase = Literal["shrink", "mask", "route", "quantize", "attach", "train", "schedule"]
+Start = Literal["chance", "weight", "full weight", "model"]
 Granularity = Literal["part", "tensor", "module"]
 
 
@@ -57,9 +58,9 @@ class Operation:
     selecting: ClassVar[tuple[str, ...]] = ()
     granularity: ClassVar[Granularity] = "part"
     keeps_zeros: ClassVar[bool] = False  # merged into a pruned weight, it leaves the zeros
-
     one_of: ClassVar[tuple[str, ...]] = ()  # options of which one has to be said
     freezes: ClassVar[bool] = False  # its parts are taken out of what others train
+
     def __post_init__(self) -> None:
         for declared in schema(type(self)):
             value = getattr(self, declared.name)
@@ -86,7 +87,6 @@ class Operation:
         """Why this part cannot take the operation, None when it can. Runs while planning, on shapes alone."""
         return None
 
-    def promises(self) -> tuple[str, ...]:
     def sized(self, parts: Sequence[Part], parameters: int) -> Operation:
         """The operation with what all its parts decide together filled in, such as ranks from a budget.
 
@@ -110,6 +110,7 @@ class Operation:
         """What the plan says of the statement besides counts and sizes."""
         return ()
 
+    def promises(self) -> tuple[str, ...]:
         """Names of the promises that hold with these options."""
         return ()
 
@@ -122,6 +123,17 @@ class Operation:
     def shared_by_rows(self) -> str | None:
         """Why all rows of a batch must have it or none, None where `surgery.route` may choose it row by row."""
         return None
+
+    @property
+    def starts_from(self) -> Start:
+        """What its tensors are at the start: drawn; from the weight as the place reads it, masked or widened; from the
+        weight before it became codes; from what the whole model computes."""
+        return "chance"
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether applying it changes the weight that the base reads where it acts."""
+        return False
 
     @property
     def collective(self) -> bool:
@@ -171,18 +183,26 @@ class Operation:
         """Computes what needs the transformed model to run: keys and values of a text."""
 
 
+def _floats(value: Any) -> Any:
+    """A number, every entry of a table, or nothing, as floats."""
+    return tuple(map(float, value)) if isinstance(value, tuple) else value if value is None else float(value)
+
+
 __all__ = [
     "Count",
+    "Counts",
     "File",
     "Flag",
     "Granularity",
     "Number",
+    "Numbers",
     "Operation",
     "Payload",
     "Phase",
     "Ratio",
     "Selection",
     "Share",
+    "Start",
     "Text",
     "Variant",
     "Word",
@@ -194,10 +214,3 @@ __all__ = [
     "same_as",
     "schema",
 ]
-def _floats(value: Any) -> Any:
-    """A number, every entry of a table, or nothing, as floats."""
-    return tuple(map(float, value)) if isinstance(value, tuple) else value if value is None else float(value)
-
-
-    "Counts",
-    "Numbers",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from surgery.compiler import activate as activate
     from surgery.compiler import active as active
     from surgery.compiler import apply as apply
+    from surgery.compiler import combine as combine
     from surgery.compiler import disabled as disabled
     from surgery.compiler import merge as merge
     from surgery.compiler import parameters as parameters
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from surgery.errors import SurgeryError as SurgeryError
     from surgery.language import load_program as load_program
     from surgery.language import parse as parse
+    from surgery.training.optimizer import optimizer as optimizer
     from surgery.verify import verify as verify
 
 __version__ = "0.1.0"
@@ -31,10 +33,12 @@ _HOMES = {
     "activate": "surgery.compiler",
     "active": "surgery.compiler",
     "apply": "surgery.compiler",
+    "combine": "surgery.compiler",
     "disabled": "surgery.compiler",
     "load": "surgery.checkpoint.load",
     "load_program": "surgery.language",
     "merge": "surgery.compiler",
+    "optimizer": "surgery.training.optimizer",
     "parameters": "surgery.compiler",
     "parse": "surgery.language",
     "plan": "surgery.compiler",
@@ -45,8 +49,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "SurgeryError", "__version__", "activate", "active", "apply", "disabled", "load", "load_program", "merge",
-    "parameters", "parse", "plan", "route", "save", "study", "verify",
+    "SurgeryError", "__version__", "activate", "active", "apply", "combine", "disabled", "load", "load_program", "merge",
+    "optimizer", "parameters", "parse", "plan", "route", "save", "study", "verify",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-Kind = Literal["projection", "lookup", "norm", "attention", "experts", "block", "edge", "bias", "tensor"]
+Kind = Literal["projection", "lookup", "norm", "attention", "experts", "block", "edge", "bias", "tensor", "entry"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Part:
     @property
     def apart(self) -> bool:
         """Whether what acts here leaves the tensors of the module at `path` alone."""
-        return self.kind in ("attention", "edge")
+        return self.kind in ("attention", "edge", "entry")
 
     @property
     def name(self) -> str:

@@ -71,11 +71,17 @@ class Chooser:
     def role(self, selector: Role) -> list[Part]:
         name = selector.name
         if name in ("linear", "base"):
-            found = [whole(part) for part in self.anatomy.parts if part.kind in MATRICES and not self.is_head(part)]
+            found = [whole(part) for part in self.anatomy.parts if of_matrix(part) and not self.is_head(part)]
+        elif name == "bias":
+            found = [part for part in self.anatomy.parts if part.kind == "bias"]
+            if "bias" not in self.kinds:
+                return []
         elif name == "layers":
             found = [whole(part) for part in self.anatomy.parts if part.layer is not None]
         else:
             found = [part for part in self.anatomy.parts if part.role == name or part.role.startswith(f"{name}.")]
+            paths = {part.path for part in found if part.kind == "projection"}
+            found += [part for part in self.anatomy.parts if part.role == "bias.new" and part.path in paths]
         if not found:
             raise role_missing(self.anatomy, selector)
         return [part for part in found if part.kind in self.kinds]
@@ -130,8 +136,13 @@ def place(part: Part) -> Place:
 
 
 def whole(part: Part) -> Part:
-    """A matrix without its role; anything else as it is."""
-    return part.whole() if part.kind in MATRICES else part
+    """A matrix, or the bias of one, without its role; anything else as it is."""
+    return part.whole() if of_matrix(part) and part.role != "bias.new" else part
+
+
+def of_matrix(part: Part) -> bool:
+    """Whether a part is a matrix or the bias of one."""
+    return part.kind in MATRICES or (part.kind == "bias" and part.role not in ("norm", "other"))
 
 
 def names_cross(selector: Selector) -> bool:
@@ -151,6 +162,8 @@ def runs(part: Part) -> Runs:
     """Channels of a part; (0, 1) stands for what has none."""
     if part.channels is not None:
         return part.channels
+    if part.kind == "bias":
+        return ((0, part.shape[0]),)
     return ((0, part.shape[-2] if part.kind in MATRICES and len(part.shape) > 1 else 1),)
 
 

@@ -50,7 +50,10 @@ def save(
             help="save it as its library does, `model.save_pretrained(path)`",
         )
     from surgery import __version__
+    from surgery.compiler.switch import active, names, refuse_routed, resting
 
+    refuse_routed(model)
+    rested = resting(model)
     held = inventory(model)
     with staged(Path(path), force) as partial:
         packed = fourbit.layout(model)
@@ -68,7 +71,10 @@ def save(
             origin=origin or _origin(model),
             tensors=entries,
             ties={name: one.name for one in held.values() for name in one.names[1:]},
-            trainable=tuple(one.name for one in held.values() if one.parameter and one.tensor.requires_grad),
+            trainable=tuple(
+                one.name for one in held.values() if one.parameter and (one.tensor.requires_grad or one.name in rested)
+            ),
+            inactive=tuple(sorted(names(model) - set(active(model)))),
             extras=tuple(packed.extras),
             settings=_settings(model),
         ).write(partial / NAME)
@@ -108,7 +114,13 @@ def _standing(plan: Plan, model: nn.Module) -> Plan:
 
     children = (attention_interface.CHILD, edge.CHILD)
     places = {path.removesuffix(f".{child}") for path, _ in rewritten(model) for child in children}
-    steps = (replace(step, parts=tuple(part for part in step.parts if part.path in places)) for step in plan.steps)
+    steps = (
+        replace(
+            step,
+            parts=tuple(part for part in step.parts if part.path in places or not step.operation.rewrites(part)),
+        )
+        for step in plan.steps
+    )
     return replace(plan, steps=tuple(steps))
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
 
-from surgery.compiler.drafts import Drafts
-from surgery.compiler.plan import Plan
+from surgery.compiler.again import restarting
+from surgery.compiler.drafts import Drafts, place_of
+from surgery.compiler.plan import Plan, Step
 from surgery.compiler.plan import plan as make_plan
-from surgery.compiler.record import ATTRIBUTE, Record, unselected
+from surgery.compiler.record import ATTRIBUTE, Record, continued, parameters, record_of, unselected
+from surgery.compiler.switch import refuse_routed, rest
+from surgery.compiler.training import declare
 from surgery.errors import PlanError
-from surgery.graph import entry
+from surgery.graph import entry, soft_entry
 from surgery.graph.fingerprint import fingerprints
+from surgery.graph.module import added_parameters
 from surgery.language.program import Program
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,6 +45,8 @@ def apply(
 ) -> Model:
     """Transform a model in place; the same object comes back. What the program adds is trained, all else is frozen.
 
+    A model that was transformed before becomes what it would be had both programs been one; what was trained stays.
+
     tell: called with the number of places done since its last call, of `plan.places` in all.
 
     Errors: those of `plan`; PlanError S104 when a text needs a tokenizer and none is given.
@@ -47,7 +54,8 @@ def apply(
     plan = program
     if isinstance(plan, Program):
         plan = make_plan(plan, model, example_inputs=example_inputs, tokenizer=tokenizer)
-    for step in plan.steps:
+    check_current(plan, model)
+    for step in starting(plan, model):
         if step.operation.needs_text and tokenizer is None:
             raise PlanError.of(
                 "S104",
@@ -66,37 +74,74 @@ def perform(
     tokenizer: Any = None,
     tell: Tell = lambda amount: None,
 ) -> Model:
-    """Rewrite the model as planned. hollow: structure only, new tensors on the meta device, for loading into."""
+    """Rewrite the model as planned. hollow: structure only, new tensors on the meta device, for loading into.
+
+    Of a model that was transformed before, the places that the plan changes are written again, as one program would.
+    """
+    refuse_routed(model)
     context = Context(model, tokenizer, plan.program.seed)
+    begun = starting(plan, model)
+    places = {place_of(part) for step in begun for part in step.parts}
     before = {} if hollow else fingerprints(model, unselected(plan, model))
-    drafts = Drafts(model, hollow, plan.program.seed)
+    drafts = Drafts(model, hollow, plan.program.seed, anew=True)
     sites = []
     for step in plan.steps:
         operation = step.operation
-        mine = []
+        mine, fills = [], step in begun and not hollow
         for part in step.parts:
-            if not operation.rewrites(part):
-                tell(1)
-                continue
-            site = drafts.site(step, part)
-            operation.rewrite(site)
-            mine.append(site)
-            if not hollow and not operation.collective:
-                operation.fill([site], context)
+            if operation.rewrites(part) and place_of(part) in places:
+                site = drafts.site(step, part, keep=step not in begun)
+                operation.rewrite(site)
+                mine.append(site)
+                if fills and not operation.collective:
+                    operation.fill([site], context)
             tell(1)
-        if not hollow and operation.collective:
+        if fills and operation.collective:
             operation.fill(mine, context)
         sites.append(mine)
     for draft in drafts:
         draft.finish()  # all that can fail has been done when the first of them is installed
+    record, trained = record_of(model), parameters(model)
+    adapters = [tensor for tensor in added_parameters(model).values() if tensor.requires_grad]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for draft in drafts:
-        draft.install(model)
+        off = draft.standing.off if draft.standing is not None else frozenset()
+        draft.install(model).switch(off)
+    for tensor in adapters:
+        tensor.requires_grad_(True)
+    declare(plan, model)
+    rest(model)
     entry.install(model, plan.anatomy.parts)
+    soft_entry.install(model, plan.anatomy)
     if not hollow:
         for step, mine in zip(plan.steps, sites, strict=True):
-            step.operation.finish(mine, context)
+            if step in begun:
+                step.operation.finish(mine, context)
+    done = replace(plan, steps=tuple(replace(step, standing=False) for step in plan.steps))
     start = {} if hollow else fingerprints(model)
-    model.__dict__[ATTRIBUTE] = Record(plan, before, start)
+    ids = set(map(id, trained.values()))
+    kept = [name for name, tensor in model.named_parameters() if id(tensor) in ids]
+    model.__dict__[ATTRIBUTE] = continued(record, Record(done, before, start), kept)
     return model
+
+
+def starting(plan: Plan, model: nn.Module) -> tuple[Step, ...]:
+    """The steps that are done now: all of them, or those that no earlier program has done."""
+    record = record_of(model)
+    if record is None:
+        return plan.steps
+    again = restarting(plan, record, model)
+    return tuple(step for step in plan.steps if not step.standing or step in again)
+
+
+def check_current(plan: Plan, model: nn.Module) -> None:
+    """Errors: PlanError S123 when the plan was made of the model in another state."""
+    record = record_of(model)
+    held = Counter(step.statement for step in record.plan.steps) if record is not None else Counter()
+    if Counter(step.statement for step in plan.steps if step.standing) != held:
+        raise PlanError.of(
+            "S123",
+            "the plan was made when the model was in another state",
+            help="make it again: `surgery.plan(program, model)`",
+        )

@@ -11,13 +11,16 @@ from surgery.errors import Diagnostic
 if TYPE_CHECKING:
     from surgery.compiler.plan import Step
 
+MODEL = Part("model", "block", "the model", "")
+"""Where a statement acts that acts on no part."""
+
 
 def conflicts(steps: Sequence[Step]) -> tuple[Diagnostic, ...]:
     """One diagnostic for each pair of statements that claim the same at one place, naming both and the first place."""
     holders: dict[tuple[str, str, str], list[tuple[int, Part]]] = {}
     found: dict[tuple[int, int], Diagnostic] = {}
     for index, step in enumerate(steps):
-        for part in step.parts:
+        for part in step.parts if step.operation.acts_on else (MODEL,):
             for claim in step.operation.claims(step.statement.name):
                 held = holders.setdefault((part.path, part.parameter, claim), [])
                 for other, place in held:
@@ -38,10 +41,18 @@ def overlap(a: Part, b: Part) -> bool:
 
 def _diagnostic(first: Step, second: Step, part: Part, claim: str) -> Diagnostic:
     same_adapter = first.operation.verb == second.operation.verb and first.operation.phase == "attach"
+    new, old = (first, second) if second.standing else (second, first)
+    where = "of the program before" if old.standing else f"at {old.statement.span}"
     return Diagnostic(
         "S103",
         f"`{first.statement}` and `{second.statement}` both act on {part.path}",
-        second.statement.span,
-        label=f"the other statement is at {first.statement.span}; both take its {claim}",
-        help=first.operation.beside_another if same_adapter else "leave the place out of one with `except`",
+        new.statement.span,
+        label=f"the other statement is {where}; both take its {claim}",
+        help=(
+            "keep one of them"
+            if part is MODEL
+            else first.operation.beside_another
+            if same_adapter
+            else "leave the place out of one with `except`"
+        ),
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from surgery.anatomy.parts import Part
+from surgery.compiler.training import tensors
 from surgery.errors import Diagnostic, PlanError, SurgeryError
 from surgery.graph.affine import NotAffine
 from surgery.graph.fold import affine
@@ -24,6 +25,7 @@ class Cost:
     """Counts of numbers, and bytes of all tensors, of the model before and after, and of what each step adds.
 
     unmerged: what to say of places that are no plain maps, and that a merge will leave.
+    trained: numbers of the base that each step trains. base_trained: those of all steps, each once.
     """
 
     parameters: int
@@ -32,18 +34,25 @@ class Cost:
     added: tuple[int, ...]
     bytes: tuple[int, ...]
     unmerged: tuple[str, ...] = ()
+    trained: tuple[int, ...] = ()
+    base_trained: int = 0
 
     @property
     def trainable(self) -> int:
-        return sum(self.added)
+        return sum(self.added) + self.base_trained
 
     def steps_json(self) -> list[dict[str, int]]:
-        return [{"parameters_added": n, "bytes_changed": b} for n, b in zip(self.added, self.bytes, strict=True)]
+        trained = self.trained or (0,) * len(self.added)
+        return [
+            {"parameters_added": n, "parameters_trained": t, "bytes_changed": b}
+            for n, t, b in zip(self.added, trained, self.bytes, strict=True)
+        ]
 
     def totals_json(self) -> dict[str, Any]:
-        total = self.parameters + self.trainable
+        total = self.parameters + sum(self.added)
         return {
             "parameters": self.parameters,
+            "added": sum(self.added),
             "trainable": self.trainable,
             "trainable_share": self.trainable / total if total else 0.0,
             "bytes_before": self.bytes_before,
@@ -59,17 +68,24 @@ class Cost:
             totals["bytes_after"],
             tuple(step["parameters_added"] for step in steps),
             tuple(step["bytes_changed"] for step in steps),
+            trained=tuple(step.get("parameters_trained", 0) for step in steps),
+            base_trained=totals["trainable"] - sum(step["parameters_added"] for step in steps),
         )
 
 
-def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0) -> Cost:
-    """Rewrite one place of each kind on shapes, and multiply. Errors: those of the rewriting, as PlanError."""
+def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0, base: Cost | None = None) -> Cost:
+    """Rewrite one place of each kind on shapes, and multiply. Errors: those of the rewriting, as PlanError.
+
+    base: of a model that was transformed before, what was measured then.
+    """
     from surgery.compiler.drafts import Drafts
 
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    parameters = {id(t): t.numel() for t in model.parameters()}
-    before = sum(map(_size, tensors.values()))
-    drafts = Drafts(model, hollow=True, seed=seed)
+    if base is None:
+        held = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        parameters, before = _count({id(t): t for t in model.parameters()}), sum(map(_size, held.values()))
+    else:
+        parameters, before = base.parameters, base.bytes_before
+    drafts = Drafts(model, hollow=True, seed=seed, anew=True)
     added, changed = [0] * len(steps), [0] * len(steps)
     seen: dict[object, list[tuple[int, int, int]]] = {}
     problems: list[Diagnostic] = []
@@ -92,7 +108,21 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0) -> Cost:
         for tensor in drafts.pools[str(step.statement)].values():
             added[index] += tensor.numel()
             changed[index] += _size(tensor)
-    return Cost(sum(parameters.values()), before, before + sum(changed), tuple(added), tuple(changed), tuple(unmerged))
+    trained = tuple(_count(tensors([step], model)) for step in steps)
+    return Cost(
+        parameters,
+        before,
+        before + sum(changed),
+        tuple(added),
+        tuple(changed),
+        tuple(unmerged),
+        trained,
+        _count(tensors(steps, model)),
+    )
+
+
+def _count(held: Mapping[int, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in held.values())
 
 
 def _places(steps: Sequence[Step]) -> Iterable[tuple[tuple[str, str], list[tuple[int, Part]]]]:

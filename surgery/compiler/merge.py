@@ -13,6 +13,7 @@ from surgery.compiler.cost import Cost
 from surgery.compiler.plan import Plan, Step
 from surgery.compiler.record import ATTRIBUTE, record_of, remembered
 from surgery.compiler.switch import refuse_routed
+from surgery.compiler.training import declare, trained
 from surgery.errors import GraphError
 from surgery.graph.affine import NotAffine
 from surgery.graph.edge import CHILD, Edge
@@ -35,6 +36,7 @@ def merge(model: Model, *, tell: Tell = lambda amount: None) -> Model:
         raise GraphError.of("S311", "the model was not transformed, there is nothing to merge")
     refuse_routed(model)
     _all_on(model)
+    base = trained(record.plan, model)
     slots = standings(model)
     folded: list[tuple[Rewritten, nn.Module]] = []
     for _, site in rewritten(model):
@@ -49,8 +51,11 @@ def merge(model: Model, *, tell: Tell = lambda amount: None) -> Model:
     _untie(model)
     left = _what_is_left(record.plan, model)
     if left.steps:
+        declare(left, model)
         model.__dict__[ATTRIBUTE] = remembered(left, model)
     else:
+        for tensor in base.values():
+            tensor.requires_grad_(False)
         del model.__dict__[ATTRIBUTE]
     return model
 
@@ -67,10 +72,16 @@ def _all_on(model: nn.Module) -> None:
 
 def _what_is_left(plan: Plan, model: nn.Module) -> Plan:
     """The plan whose result the merged model is: the steps and parts that still have a graph."""
+    graphs = {
+        id(part)
+        for step in plan.steps
+        for part in step.parts
+        if step.operation.rewrites(part) and _stands(model.get_submodule(part.path), part)
+    }
     steps = []
-    for step in plan.steps:
-        parts = tuple(part for part in step.parts if _stands(model.get_submodule(part.path), part))
-        if parts:
+    for step in plan.steps if graphs else ():  # what else was said holds while there is something of ours in the model
+        parts = tuple(part for part in step.parts if id(part) in graphs or not step.operation.rewrites(part))
+        if parts or not step.parts:
             statement = replace(step.statement, operation=step.operation.folded())
             steps.append(Step(statement, parts))
     program = replace(plan.program, statements=tuple(step.statement for step in steps))
@@ -81,7 +92,8 @@ def _cost(plan: Plan, model: nn.Module, steps: int) -> Cost:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     size = sum(t.numel() * t.element_size() for t in tensors)
     added = sum(tensor.numel() for tensor in added_parameters(model).values())
-    return Cost(plan.cost.parameters, size, size, (added, *(0,) * (steps - 1)), (0,) * steps)
+    base = sum(tensor.numel() for tensor in trained(plan, model).values())
+    return Cost(plan.cost.parameters, size, size, (added, *(0,) * (steps - 1)), (0,) * steps, base_trained=base)
 
 
 def _stands(module: nn.Module, part: Part) -> bool:

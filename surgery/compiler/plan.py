@@ -11,6 +11,7 @@ from surgery.anatomy.parts import Anatomy, Part, Stack
 from surgery.compiler.conflicts import conflicts
 from surgery.compiler.shared import at_one_place, elsewhere, standings
 from surgery.compiler.stacks import broken_rows
+from surgery.compiler.training import idle_optimizers, settle
 from surgery.errors import Diagnostic, PlanError, SurgeryError
 from surgery.language.program import Program, Statement
 from surgery.language.selector import Union
@@ -27,10 +28,11 @@ NOTHING = Union(())
 
 @dataclass(frozen=True)
 class Step:
-    """One statement with the parts it found, in execution order."""
+    """One statement with the parts it found, in execution order. standing: an earlier program has done it."""
 
     statement: Statement
     parts: tuple[Part, ...]
+    standing: bool = False
 
     @property
     def operation(self) -> Operation:
@@ -45,6 +47,8 @@ class Step:
             "promises": list(operation.promises()),
             "parts": [part.to_json() for part in self.parts],
             **({"notes": list(operation.notes()), "sizes": operation.sizes()} if operation.sizes() else {}),
+            **({"freezes": True} if operation.freezes else {}),
+            **({"standing": True} if self.standing else {}),
         }
 
 
@@ -57,6 +61,7 @@ class Plan:
     steps: tuple[Step, ...]
     cost: Cost
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def places(self) -> int:
@@ -83,6 +88,7 @@ class Plan:
             ],
             "totals": self.cost.totals_json(),
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -119,45 +125,57 @@ def plan(
 ) -> Plan:
     """Resolve a program on a model, live or on the meta device, without changing it.
 
+    Of a model that was transformed before, the plan is that of both programs as one.
+
     example_inputs: what a plain torch module is called with. anatomy: a study of this model, when there is one already.
     Errors: ModelError (cannot be studied, or has no such part), PlanError (does not fit, S101 to S106), all at once.
     """
+    from surgery.compiler import again
     from surgery.compiler.cost import measure
     from surgery.compiler.record import record_of
     from surgery.compiler.warnings import warnings
     from surgery.graph.attention_calls import observed
 
-    if record_of(model) is not None:
-        raise PlanError.of(
-            "S106",
-            "the model has been transformed already",
-            help="put all statements into one program, or merge the model first with `surgery.merge(model)`",
-        )
-    anatomy = observed(anatomy or study(model, example_inputs), model, example_inputs)
+    record = record_of(model)
+    if record is None:
+        anatomy = observed(anatomy or study(model, example_inputs), model, example_inputs)
+    else:
+        anatomy = again.retied(record.plan.anatomy, model)
     if tokenizer is not None:
         read = (replace(each, operation=each.operation.read(tokenizer)) for each in program.statements)
         program = replace(program, statements=tuple(read))
-    resolved, shared = _steps(program, anatomy, standings(model))
-    steps = tuple(sorted(resolved, key=_order))
+    resolved, shared = _steps(program, anatomy, model)
+    if record is not None:
+        program = again.joined(record.plan.program, program)
+        resolved += [replace(step, standing=True) for step in record.plan.steps]
+    steps, idle = settle(sorted(resolved, key=_order), model)
     found = conflicts(steps) or broken_rows(steps)
+    if record is not None and not found:
+        found = again.too_late(steps, record, model)
     if found:
         raise PlanError(*found)
-    cost = measure(steps, model, program.seed)
-    return Plan(program, anatomy, steps, cost, (*shared, *cost.unmerged, *warnings(steps, anatomy, model)))
+    cost = measure(steps, model, program.seed, None if record is None else record.plan.cost)
+    found = idle_optimizers(steps, cost.trainable)
+    if found:
+        raise PlanError(*found)
+    told = (*shared, *idle, *cost.unmerged, *warnings(steps, anatomy, model))
+    notes = tuple(note for step in steps for note in step.operation.chosen(step.parts, anatomy, model))
+    return Plan(program, anatomy, steps, cost, told, notes)
 
 
 def _order(step: Step) -> tuple[int, str]:
     return PHASES.index(step.operation.phase), str(step.statement)
 
 
-def _steps(program: Program, anatomy: Anatomy, shared: Mapping[str, list[str]]) -> tuple[list[Step], list[str]]:
+def _steps(program: Program, anatomy: Anatomy, model: nn.Module) -> tuple[list[Step], list[str]]:
     """The statements with their parts, and what to warn of where modules stand in several places."""
+    shared = standings(model)
     steps: list[Step] = []
     warnings: list[str] = []
     problems: list[Diagnostic] = []
     for statement in program.statements:
         try:
-            chosen = _chosen(anatomy, statement)
+            chosen = _chosen(statement.operation.sees(anatomy, model), statement)
             parts = _parts(statement, at_one_place(chosen, shared))
             statement = _sized(statement, parts, model)
         except SurgeryError as error:
@@ -174,7 +192,7 @@ def _steps(program: Program, anatomy: Anatomy, shared: Mapping[str, list[str]]) 
 def _chosen(anatomy: Anatomy, statement: Statement) -> tuple[Part, ...]:
     """What the selector finds; nothing for a statement about the whole model, which has none."""
     if statement.operation.acts_on:
-        return select(anatomy, statement.selector, statement.operation.acts_on)
+        return statement.operation.narrowed(select(anatomy, statement.selector, statement.operation.acts_on))
     if statement.selector != NOTHING:
         raise PlanError.of(
             "S121",

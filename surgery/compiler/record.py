@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from surgery.compiler.plan import Plan
+from surgery.compiler.training import trained
 from surgery.graph.fingerprint import fingerprints
 from surgery.graph.module import added_parameters
 
@@ -27,19 +28,31 @@ class Record:
     start: Mapping[str, str]
 
 
+def continued(record: Record | None, done: Record, kept: Collection[str]) -> Record:
+    """What is known after another program. kept: names of what the first trains, which may have been trained by now."""
+    if record is None:
+        return done
+    untouched = {name: record.untouched.get(name, print_) for name, print_ in done.untouched.items()}
+    start = {name: print_ for name, print_ in done.start.items() if name not in kept}
+    start.update({name: record.start[name] for name in kept if name in record.start})
+    return Record(done.plan, untouched, start)
+
+
 def unselected(plan: Plan, model: nn.Module) -> list[str]:
-    """Names of the tensors that no statement acts on; one on an attention call or an edge leaves its tensors alone."""
-    selected = {part.path for step in plan.steps for part in step.parts if not part.apart}
+    """Names of the tensors that no statement acts on; one on an attention call, say, leaves its tensors alone."""
+    selected = {
+        part.path for step in plan.steps for part in step.parts if not part.apart and step.operation.rewrites(part)
+    }
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-    added = added_parameters(model)
-    return [name for name in names if name.rpartition(".")[0] not in selected and name not in added]
+    moved = {*added_parameters(model), *trained(plan, model)}
+    return [name for name in names if name.rpartition(".")[0] not in selected and name not in moved]
 
 
 def remembered(plan: Plan, model: nn.Module) -> Record:
     """The record of a model whose tensors are as a plan says already."""
     now = fingerprints(model)
-    trained = added_parameters(model)
-    frozen = {name: print_ for name, print_ in now.items() if name not in trained}
+    moved = {*added_parameters(model), *trained(plan, model)}
+    frozen = {name: print_ for name, print_ in now.items() if name not in moved}
     return Record(plan, {name: now[name] for name in unselected(plan, model)}, frozen)
 
 
@@ -50,5 +63,7 @@ def record_of(model: nn.Module) -> Record | None:
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable tensors that the program added, by full name; each shared one once."""
-    return added_parameters(model)
+    """The tensors that the program trains, by full name; each shared one once: first what it added, then the base's."""
+    record = record_of(model)
+    base = {} if record is None else trained(record.plan, model)
+    return {**added_parameters(model), **base}

@@ -17,12 +17,13 @@ def show(plan: Mapping[str, Any]) -> str:
     lines = ["Plan for " + ", ".join(filter(None, head)), ""]
     for step in plan["steps"]:
         lines += [f"  {step['statement']}", *_step(step), ""]
-    lines += [*_totals(totals), *(f"  Warning    {warning}" for warning in plan["warnings"])]
+    lines += [*_totals(totals), *(f"  Note       {note}" for note in plan.get("notes", ()))]
+    lines += [f"  Warning    {warning}" for warning in plan["warnings"]]
     return "\n".join(lines)
 
 
 def _step(step: Mapping[str, Any]) -> list[str]:
-    symbol = SYMBOLS.get(step["phase"], "~")
+    symbol = "-" if step.get("freezes") else SYMBOLS.get(step["phase"], "~")
     rows = []
     for parts in _groups(step["parts"]):
         first = parts[0]
@@ -36,6 +37,8 @@ def _step(step: Mapping[str, Any]) -> list[str]:
     notes = list(step.get("notes", ()))
     if step["parameters_added"]:
         notes.append(f"+{step['parameters_added']:,} parameters")
+    if step.get("parameters_trained"):
+        notes.append(f"{step['parameters_trained']:,} parameters trained")
     change = step["bytes_changed"]
     if rows or change:
         notes.append(f"{'+' if change >= 0 else '-'}{size(abs(change))}")
@@ -82,6 +85,8 @@ def layers(parts: Iterable[Mapping[str, Any]]) -> str:
 def pattern(part: Mapping[str, Any]) -> str:
     """The module path with `*` for the layer's number."""
     path: str = part["path"]
+    if part["kind"] in ("bias", "tensor") and part["role"] != "bias.new":
+        path = f"{path}.{part['parameter']}"
     layer = part.get("layer")
     return path if layer is None else re.sub(rf"(^|\.){layer}(\.|$)", r"\1*\2", path, count=1)
 
@@ -91,8 +96,7 @@ def _totals(totals: Mapping[str, Any]) -> list[str]:
     after, before = totals["bytes_after"], totals["bytes_before"]
     ratio = f" ({after / before - 1:+.1%})" if before else ""
     return [
-        f"  Trainable  {totals['trainable']:,} of {totals['parameters'] + totals['trainable']:,} parameters "
-        f"({share:.3%})",
+        f"  Trainable  {totals['trainable']:,} of {totals['parameters'] + totals['added']:,} parameters ({share:.3%})",
         f"  Memory     {size(before)} -> {size(after)}{ratio}",
     ]
 

@@ -24,6 +24,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "router": (),
     "experts": (),
     "base": (),
+    "bias": (),
 }
 ROLES = tuple(name for role, parts in PARTS.items() for name in (role, *(f"{role}.{part}" for part in parts)))
 KNOWN = f"roles are {listed(PARTS, 'and')}; also `all linear`, `all layers`, `layers 0..3`, or a quoted module path"

@@ -19,10 +19,14 @@ TABLE: Mapping[str, str] = MappingProxyType(
     {
         "adapter": "surgery.operations.adapter:Adapter",
         "quantize": "surgery.operations.quantize:Quantize",
+        "freeze": "surgery.operations.freeze:Freeze",
         "ia3": "surgery.operations.ia3:Ia3",
         "lora": "surgery.operations.lora:Lora",
+        "optimize": "surgery.operations.optimize:Optimize",
         "prefix": "surgery.operations.prefix:Prefix",
+        "prompt": "surgery.operations.prompt:Prompt",
         "prune": "surgery.operations.prune:Prune",
+        "train": "surgery.operations.train:Train",
     }
 )
 

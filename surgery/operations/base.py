@@ -161,6 +161,10 @@ class Operation:
         """
         return ()
 
+    def chosen(self, parts: Sequence[Part], anatomy: Anatomy, model: Any) -> Iterable[str]:
+        """What was chosen where the statement leaves a choice, one sentence each. May raise PlanError."""
+        return ()
+
     def read(self, tokenizer: Any) -> Operation:
         """The operation with what its texts decide filled in. Runs first of all where there is a tokenizer."""
         return self
@@ -168,6 +172,18 @@ class Operation:
     def rewrites(self, part: Part) -> bool:
         """Whether the graph of this part is rewritten; False where only the tensors there are concerned."""
         return True
+
+    def sees(self, anatomy: Anatomy, model: Any) -> Anatomy:
+        """What its selector is resolved on, where that is more than the parts of the study."""
+        return anatomy
+
+    def narrowed(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        """What it takes of the parts that its selector finds."""
+        return parts
+
+    def trains(self, part: Part) -> bool:
+        """Whether the base's own tensor at this part is trained."""
+        return False
 
     def rewrite(self, site: Any) -> None:
         """Edits the structure of one site; works on the meta device."""

@@ -82,7 +82,7 @@ class Subject:
         visits: dict[int, list[tuple[Step, Part]]] = {}
         for step in self.plan.steps:
             for part in step.parts:
-                if not part.apart:
+                if not part.apart and step.operation.rewrites(part):
                     visits.setdefault(id(self.model.get_submodule(part.path)), []).append((step, part))
         groups: dict[object, list[tuple[str, Rewritten, tuple[tuple[Step, Part], ...]]]] = {}
         for path, module in rewritten(self.model):

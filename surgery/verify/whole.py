@@ -65,11 +65,12 @@ def attention_identity(subject: Subject) -> Iterator[Finding]:
 def complete(subject: Subject) -> Iterator[Finding]:
     """Every part of every statement is rewritten in the model that runs."""
     for step in subject.plan.steps:
+        parts = [part for part in step.parts if step.operation.rewrites(part)]
         attached = step.operation.phase == "attach"
-        missing = [part.path for part in step.parts if not _has(subject.model, part, str(step.statement), attached)]
-        note = f"{len(missing)} of {len(step.parts)} places do not have it" if missing else ""
+        missing = [part.path for part in parts if not _has(subject.model, part, str(step.statement), attached)]
+        note = f"{len(missing)} of {len(parts)} places do not have it" if missing else ""
         place = missing[0] if missing else "model"
-        yield Finding("complete", place, len(missing), 0.0, str(step.statement), note, sites=len(step.parts))
+        yield Finding("complete", place, len(missing), 0.0, str(step.statement), note, sites=len(parts))
 
 
 def _has(model: nn.Module, part: Part, statement: str, attached: bool) -> bool:
@@ -91,8 +92,6 @@ def frame(subject: Subject) -> Iterator[Finding]:
     record = record_of(subject.model)
     declared = set(parameters(subject.model))
     trained = {name for name, parameter in subject.model.named_parameters() if parameter.requires_grad}
-    if any(step.operation.phase == "train" for step in subject.plan.steps):
-        trained &= declared
     for name in sorted(trained - declared):
         yield Finding("frame", name, float("inf"), 1.0, note="it is trained, and no statement says so")
     if record is None or not record.start:
@@ -100,7 +99,7 @@ def frame(subject: Subject) -> Iterator[Finding]:
         return
     moved = changed(record.untouched, subject.model)
     yield Finding("frame", moved[0] if moved else "model", len(moved), 0.0, note="tensors that no statement selected")
-    frozen = {name: print_ for name, print_ in record.start.items() if name not in trained}
+    frozen = {name: print_ for name, print_ in record.start.items() if name not in trained | declared}
     moved = changed(frozen, subject.model)
     yield Finding("frame", moved[0] if moved else "model", len(moved), 0.0, note="frozen tensors since it was applied")
 

@@ -1,0 +1,1 @@
+"""Training what a program trains: the optimizer that it names."""

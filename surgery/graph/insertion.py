@@ -95,7 +95,7 @@ class Insertion:
                 f"{layout.n} rows in front of {layout.length} tokens are more than the model's {room} positions",
                 help=f"cut the text to {room - layout.n} tokens",
             )
-        changed = {each: extended(each, value, layout) for each, value in given.items() if each != name}
+        changed = {each: extended(each, value, layout, len(tokens)) for each, value in given.items() if each != name}
         self.call = Call(layout, rows, entered=tokens.is_floating_point())
         if tokens.is_floating_point():
             changed[name] = layout.put(rows.to(tokens.dtype), tokens)

@@ -95,15 +95,16 @@ class Layout:
         return self.put(first + torch.arange(self.n, device=given.device), shifted)
 
     def mask(self, given: Tensor, padding: bool = False) -> Tensor:
-        """A mask that lets every token attend to the rows, and the rows to every token."""
+        """A mask that lets every token attend to the rows, and the rows to what any token attends to."""
         additive = given.is_floating_point() and given.dim() > 2
         seen = 0 if padding or additive else 1
         if given.dim() == 2:
             return self.put(given.new_full((len(given), self.n), seen), given)
-        queries = given.shape[-2] + (self.n if given.shape[-2] == self.length else 0)
-        wide = given.new_full((*given.shape[:-2], queries, given.shape[-1] + self.n), seen)
-        wide[..., queries - given.shape[-2] :, self.n :] = given
-        return wide
+        if given.shape[-2] == self.length:  # else all queries share what they attend to
+            most = torch.any if given.dtype == torch.bool else torch.amax
+            top = most(given, -2, keepdim=True)
+            given = torch.cat([top.expand(*given.shape[:-2], self.n, given.shape[-1]), given], -2)
+        return torch.cat([given.new_full((*given.shape[:-1], self.n), seen), given], -1)
 
     def beside(self, given: Tensor) -> Tensor:
         """Token types and the like: zero for the rows."""
@@ -120,15 +121,16 @@ def marks_padding(name: str) -> bool:
     return name.endswith(PADDING)
 
 
-def extended(name: str, value: Any, layout: Layout) -> Any:
+def extended(name: str, value: Any, layout: Layout, batch: int) -> Any:
     """An argument that goes with the tokens, as it is with the rows among them; any other as it is."""
     if value is None:
         return None
-    if is_mask(name) and not isinstance(value, Tensor):
+    if is_mask(name) and not _over_tokens(value, batch):
+        what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise GraphError.of(
             "S395",
-            f"`{name}` is a {type(value).__name__}, which rows in front of the tokens cannot be added to",
-            help="pass a tensor (batch, length) that is 0 at padding",
+            f"`{name}` is {what}, which rows in front of the tokens cannot be added to",
+            help="pass a tensor (batch, length) that tells tokens from padding",
         )
     if not isinstance(value, Tensor) or value.dim() < 2 or layout.length not in (value.shape[1], value.shape[-1]):
         return value
@@ -141,6 +143,11 @@ def extended(name: str, value: Any, layout: Layout) -> Any:
     if name.endswith("_ids") or name in BESIDE or name == "global_attention_mask":
         return layout.beside(value)
     return value
+
+
+def _over_tokens(mask: Any, batch: int) -> bool:
+    """Whether a mask is (batch, length), or of more dimensions and not the other way round."""
+    return isinstance(mask, Tensor) and (mask.dim() > 2 or mask.dim() == 2 and len(mask) in (1, batch))
 
 
 def _widened(values: Tensor, batch: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,18 +14,30 @@ from surgery.compiler.plan import Step
 from surgery.graph.attention import AttentionDraft, AttentionSite
 from surgery.graph.draft import Draft
 from surgery.graph.edge import EdgeDraft, EdgeSite
-from surgery.graph.module import standings
+from surgery.graph.module import CODES, Rewritten, standings
 from surgery.graph.site import Site
+from surgery.graph.soft_entry import EntryDraft, EntrySite
+
+
+def ours(standing: Rewritten) -> dict[str, Any]:
+    """Tensors and children that programs have put into a place, by name."""
+    held = {**standing._parameters, **standing._buffers, **standing._modules}
+    return {name: held[name] for name in (*standing.added, CODES) if name in held}
 
 
 class AnyDraft(Protocol):
-    """A place being rewritten. `finish` may fail and touches nothing of the model; `install` changes it."""
+    """A place being rewritten. `finish` may fail and touches nothing of the model; `install` changes it.
 
+    standing: what an earlier program has put there.
+    """
+
+    path: str
     root: nn.Module
+    standing: Rewritten | None
 
-    def finish(self) -> nn.Module: ...
+    def finish(self) -> Rewritten: ...
 
-    def install(self, model: nn.Module) -> nn.Module: ...
+    def install(self, model: nn.Module) -> Rewritten: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,8 @@ class Place:
     """What a draft is made of.
 
     part: the first that a statement acts on there. hollow: shapes only, nothing computed.
-    pool: parameters that the places of one statement share. slots: every (parent, child name) where the module stands.
+    pool: parameters that several places share, by statement and name. slots: every (parent, child name) where the module stands.
+    anew: begin with the base, and not with what an earlier program has put there.
     """
 
     model: nn.Module
@@ -43,6 +55,7 @@ class Place:
     hollow: bool
     pool: dict[str, nn.Parameter]
     slots: Sequence[tuple[nn.Module, str]]
+    anew: bool
 
 
 @dataclass(frozen=True)
@@ -58,20 +71,28 @@ class Way:
 
 
 def _map(place: Place) -> Draft:
-    return Draft(place.module, place.part.path, place.part.parameter, place.hollow, place.slots)
+    return Draft(place.module, place.part.path, place.part.parameter, place.hollow, place.slots, place.anew)
 
 
 def _attention(place: Place) -> AttentionDraft:
-    return AttentionDraft(place.module, place.part, hollow=place.hollow, pool=place.pool)
+    return AttentionDraft(place.module, place.part, hollow=place.hollow, pool=place.pool, anew=place.anew)
 
 
 def _edge(place: Place) -> EdgeDraft:
-    return EdgeDraft(place.model, place.part, place.hollow)
+    return EdgeDraft(place.model, place.part, place.hollow, place.anew)
+
+
+def _entry(place: Place) -> EntryDraft:
+    return EntryDraft(place.model, place.part, place.hollow)
 
 
 MAP = Way("map", _map, Site)
 WAYS: Mapping[str, Way] = MappingProxyType(
-    {"attention": Way("attention", _attention, AttentionSite), "edge": Way("edge", _edge, EdgeSite)}
+    {
+        "attention": Way("attention", _attention, AttentionSite),
+        "edge": Way("edge", _edge, EdgeSite),
+        "entry": Way("entry", _entry, EntrySite),
+    }
 )
 """By kind of part; every other kind is a map."""
 
@@ -81,29 +102,45 @@ def way_of(part: Part) -> Way:
     return WAYS.get(part.kind, MAP)
 
 
-class Drafts:
-    """One draft for each place, shared by the statements that act there. hollow: shapes only, nothing computed."""
+def place_of(part: Part) -> tuple[str, str]:
+    """Equal for parts that share a draft."""
+    return part.path, way_of(part).family
 
-    def __init__(self, model: nn.Module, hollow: bool, seed: int) -> None:
-        self.model, self.hollow, self.seed = model, hollow, seed
+
+class Drafts:
+    """One draft for each place, shared by the statements that act there. hollow: shapes only, nothing computed.
+
+    anew: each begins with the base, whatever an earlier program has put there, for all statements to be written again.
+    """
+
+    def __init__(self, model: nn.Module, hollow: bool, seed: int, anew: bool = False) -> None:
+        self.model, self.hollow, self.seed, self.anew = model, hollow, seed, anew
         self.made: dict[tuple[str, str], AnyDraft] = {}
-        self.pools: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
+        self.pool: dict[str, nn.Parameter] = {}
         self.slots = standings(model)
 
     def __iter__(self) -> Iterator[AnyDraft]:
-        return iter(self.made.values())
+        """In the order in which they are installed: what hangs on a module after the module itself."""
+        order = [MAP.family, *(way.family for way in WAYS.values())]
+        return iter([self.made[key] for key in sorted(self.made, key=lambda key: order.index(key[1]))])
 
-    def site(self, step: Step, part: Part) -> Site:
-        """The place of a part as the step's statement sees it."""
+    def site(self, step: Step, part: Part, keep: bool = False) -> Site:
+        """The place of a part as the step's statement sees it. keep: take the tensors that an earlier program made."""
         statement, verb = str(step.statement), step.operation.verb
-        draft = self._draft(part, statement)
-        return way_of(part).site(draft, part, statement, step.statement.name, verb, self.seed)
+        draft = self._draft(part)
+        site = way_of(part).site(draft, part, statement, step.statement.name, verb, self.seed)
+        if keep and draft.standing is not None:
+            site.kept = ours(draft.standing)
+        return site
 
-    def _draft(self, part: Part, statement: str) -> AnyDraft:
-        way = way_of(part)
-        key = (part.path, way.family)
+    def shared(self, step: Step) -> list[nn.Parameter]:
+        """Parameters that the places of a step have together."""
+        return [tensor for key, tensor in self.pool.items() if key.startswith(f"{step.statement}\0")]
+
+    def _draft(self, part: Part) -> AnyDraft:
+        way, key = way_of(part), place_of(part)
         if key not in self.made:
             module = self.model.get_submodule(part.path)
-            place = Place(self.model, module, part, self.hollow, self.pools[statement], self.slots[id(module)])
-            self.made[key] = way.draft(place)
+            slots = self.slots[id(module)]
+            self.made[key] = way.draft(Place(self.model, module, part, self.hollow, self.pool, slots, self.anew))
         return self.made[key]

@@ -27,7 +27,7 @@ from surgery.graph.attention_math import (
 )
 from surgery.graph.attention_places import prefixed_call_mask, prefixed_keywords, table_of_distances
 from surgery.graph.entry import Shifting
-from surgery.graph.module import Rewritten, duplicate
+from surgery.graph.module import Rewritten, duplicate, take_base
 from surgery.graph.site import Init, Site, seed_of, zeros
 
 Pool = MutableMapping[str, nn.Parameter]
@@ -39,6 +39,7 @@ class AttentionDraft:
     by_interface: the call is a child of the module; by_cache: what the module's cache gives goes through a child;
         otherwise the whole module is what is rewritten.
     hollow: new tensors are shapes on the meta device. pool: parameters that several sites of one statement share.
+    anew: leave out what is there already, to be written again. standing: what is there.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class AttentionDraft:
         part: Part,
         hollow: bool = False,
         pool: Pool | None = None,
+        anew: bool = False,
     ) -> None:
         self.part, self.path, self.hollow, self.module = part, part.path, hollow, module
         self.pool: Pool = {} if pool is None else pool
@@ -60,8 +62,9 @@ class AttentionDraft:
         self.dtype = torch.get_default_dtype() if reference is None else reference.dtype
         self.device = torch.device("cpu") if reference is None else reference.device
         held = getattr(module, attention_interface.CHILD, None) if self.has_child else module
-        if isinstance(held, Rewritten):
-            self._continue(held)
+        self.standing = held if isinstance(held, Rewritten) else None
+        if self.standing is not None and not anew:
+            self._continue(self.standing)
         elif self.by_interface:
             self.original: nn.Module = nn.Module().train(module.training)
             self.root.add_module("core", attention_interface.core(module, part.path))
@@ -72,12 +75,15 @@ class AttentionDraft:
             self.graph, marks = attention_cache.graph()
             self._mark(marks)
         else:
+            module = module if self.standing is None else self.standing.original
             self.original = module
             self._hold(module)
             self.graph = self._traced(module)
             for name, mode in self.graph.modes.items():  # type: ignore[attr-defined]
                 self.root.add_module(name, mode)
             self._mark(attention_trace.landmarks(self.graph, module, part.path))
+            if self.standing is not None:
+                take_base(self.root, self.original, self.standing)
 
     @property
     def has_child(self) -> bool:
@@ -122,6 +128,8 @@ class AttentionDraft:
         if self.made is None:
             self.graph.lint()
             self.made = Shifting.build(self.root, self.graph, self.original, tuple(self.added))
+            if self.standing is not None:
+                self.made.follow(self.standing)
         return self.made
 
     def install(self, model: nn.Module) -> Rewritten:
@@ -194,6 +202,8 @@ class AttentionSite(Site):
     def shared(self, name: str, shape: tuple[int, ...], init: Init = zeros) -> fx.Node:
         """A trainable tensor that all sites of the statement have together."""
         full, key = self.full_name(name), f"{self.statement}\0{name}"
+        if full in self.kept:
+            return self._attribute(name, self.kept[full])
         if key not in self.draft.pool:
             tensor = torch.empty(shape, dtype=self._wide, device=self.device)
             if not tensor.is_meta:
@@ -215,17 +225,20 @@ class AttentionSite(Site):
 
     # Edits
 
-    def put_in_front(self, key: fx.Node, value: fx.Node, positions: int, windowed: bool = False) -> None:
+    def put_in_front(
+        self, key: fx.Node, value: fx.Node, positions: int, windowed: bool = False, count: fx.Node | None = None
+    ) -> None:
         """K = [key; K], V = [value; V], seen by every query. key: (key-value heads, positions, width).
 
         windowed: where the model's attention has a window, the prefix is seen as tokens in its place would be.
+        count: how many positions there are now, where that may be fewer.
         """
         if self.draft.by_cache:
             joined = self._in_front_of_cache(key, value)
         elif self.draft.node("scores") is not None:
             joined = self._in_front_of_scores(key, value)
         else:
-            joined = self._in_front_of_call(key, value, positions, windowed)
+            joined = self._in_front_of_call(key, value, positions if count is None else count, windowed)
         joined.meta["front"] = positions
         if self.part.role != "cross":  # the queries of a cross-attention stand in another sequence
             joined.meta["positions"] = positions
@@ -248,7 +261,7 @@ class AttentionSite(Site):
         self._join(joined, out, 1)
         return joined
 
-    def _in_front_of_call(self, key: fx.Node, value: fx.Node, positions: int, windowed: bool) -> fx.Node:
+    def _in_front_of_call(self, key: fx.Node, value: fx.Node, positions: int | fx.Node, windowed: bool) -> fx.Node:
         heads, core = self.heads.query, self._landmark("core")
         places = {"query": 0, "key": 1, "value": 2, "mask": 3, "keywords": 4}
         first = 1 if self.draft.by_interface else 0  # the module itself

@@ -83,8 +83,8 @@ class Fronting:
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         child = getattr(module, CHILD)
-        positions = child.ahead
-        if not positions and not child._forward_pre_hooks:
+        positions = child.ahead - child.less
+        if not positions and not child.less and not child._forward_pre_hooks:
             return None
         given = {**dict(zip(self.places, args, strict=False)), **kwargs}
         inner = given.get(self.cache)

@@ -1,7 +1,7 @@
 """What rewritten attention graphs call: keys and values put in front, masks that let them be seen, a second softmax.
 
-Throughout, `prefix` is (key-value heads, n, width); keys and values are (batch, heads, length, width), or
-(batch * heads, length, width) where a model folds heads into the batch.
+Throughout, `prefix` is (key-value heads, n, width), or one such for each row of a batch; keys and values are
+(batch, heads, length, width), or (batch * heads, length, width) where a model folds heads into the batch.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ def like(prefix: Tensor, states: Tensor, heads: int) -> Tensor:
     prefix is repeated too.
     """
     present = states.shape[1] if states.dim() == 4 else heads
-    if present != prefix.shape[0]:
-        prefix = prefix.repeat_interleave(present // prefix.shape[0], dim=0)
+    if present != prefix.shape[-3]:
+        prefix = prefix.repeat_interleave(present // prefix.shape[-3], dim=-3)
     prefix = prefix.to(states.dtype)
     if states.dim() == 4:
         return prefix.expand(states.shape[0], -1, -1, -1)
+    if prefix.dim() == 4:
+        return prefix.flatten(0, 1)
     return prefix.repeat(states.shape[0] // heads, 1, 1)
 
 
@@ -49,6 +51,8 @@ def prefixed_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: Any, 
     mask: (..., queries, keys), boolean (true is visible) or added to scores; None with `causal` means that query i sees
     keys 0 to i, counted from the first key whatever their number (a static cache is longer than its queries).
     """
+    if not positions:
+        return mask
     if mask is None:
         if not causal:
             return None

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from surgery.anatomy.parts import Part
 from surgery.errors import PlanError
-from surgery.graph.lower import lower
-from surgery.graph.module import Rewritten, without
+from surgery.graph.module import Rewritten
+from surgery.graph.settle import Settling
 
 ARGUMENTS = ("position_ids", "positions", "input_pos")
 
@@ -43,10 +43,18 @@ class Point:
 
 @dataclass
 class Amounts:
-    """By how much positions are shifted now: the longest of the prefixes that are on, and each by attention site."""
+    """By how much positions are shifted now: the longest of the prefixes that are on, and each by attention site.
+
+    less: positions of prompts that are not in front yet, while the model reads them.
+    """
 
     of: dict[str, int] = field(default_factory=dict)
     most: int = 0
+    less: int = 0
+
+    @property
+    def now(self) -> int:
+        return self.most - self.less
 
     def set(self, path: str, length: int) -> None:
         self.of[path] = length
@@ -60,7 +68,7 @@ class Shift:
         self.point, self.amounts, self.place = point, amounts, place
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        amount = self.amounts.most
+        amount = self.amounts.now
         if amount == 0:
             return None
         name = self.point.argument
@@ -80,7 +88,7 @@ class Reread:
         self.shift = shift
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        amount, name, place = self.shift.amounts.most, self.shift.point.argument, self.shift.place
+        amount, name, place = self.shift.amounts.now, self.shift.point.argument, self.shift.place
         given = kwargs.get(name) if name in kwargs else (args[place] if len(args) > place else None)
         if amount == 0 or given is not None:
             return output
@@ -214,13 +222,15 @@ def _place(module: nn.Module, point: Point) -> int:
     return list(inspect.signature(module.forward).parameters).index(point.argument) if point.argument else 0
 
 
-class Shifting(Rewritten):
+class Shifting(Settling):
     """A rewritten attention call, which tells the points of its model how many positions it puts in front.
 
     ahead: keys in front of the model's own now, in cross-attention too, where no position is shifted for them.
+    less: how many of them are not there yet, while the model reads what is to stand in front.
     """
 
     ahead: int
+    less: int = 0
     informed: tuple[tuple[str, Amounts], ...] = ()
 
     def lengths(self) -> dict[str, int]:
@@ -228,7 +238,11 @@ class Shifting(Rewritten):
         return self._counted("positions")
 
     def _counted(self, what: str) -> dict[str, int]:
-        return {node.meta["joint"]: node.meta[what] for node in self.full.nodes if what in node.meta}
+        counted: Counter[str] = Counter()
+        for node in self.full.nodes:
+            if what in node.meta:  # several statements may have one name
+                counted[node.meta["joint"]] += node.meta[what]
+        return counted
 
     def _describe(self, *values: Any) -> None:
         super()._describe(*values)
@@ -237,34 +251,6 @@ class Shifting(Rewritten):
     def _count(self) -> None:
         on = [length for name, length in self._counted("front").items() if name not in self.off]
         object.__setattr__(self, "ahead", sum(on))
-
-    def settle(self) -> None:
-        """Keep as a tensor what is computed from tensors alone, such as the keys and values of a trained network."""
-        with torch.no_grad():
-            for node in [node for node in self.full.nodes if "folds_to" in node.meta]:
-                name = node.meta["folds_to"]
-                self.register_parameter(name, nn.Parameter(self._value(node), requires_grad=False))
-                with self.full.inserting_before(node):
-                    kept = self.full.create_node("get_attr", name, (), {})
-                kept.meta["statement"] = node.meta["statement"]
-                node.replace_all_uses_with(kept)
-                object.__setattr__(self, "added", (*self.added, name))
-        for node in reversed(list(self.full.nodes)):
-            if "statement" in node.meta and not node.users:
-                self.full.erase_node(node)
-        used = {
-            str(node.target).partition(".")[0] for node in self.full.nodes if node.op in ("get_attr", "call_module")
-        }
-        for name in [name for name in self.added if name not in used]:
-            delattr(self, name)
-        object.__setattr__(self, "added", tuple(name for name in self.added if name in used))
-        self.graph = lower(without(self.full, self.off))
-
-    def _value(self, node: fx.Node) -> Tensor:
-        """The value of a node that depends on tensors alone."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
-        value: Tensor = getattr(fx.Interpreter(self, graph=self.full), node.op)(node.target, args, kwargs)
-        return value.detach().clone()
 
     def inform(self, path: str, amounts: Amounts) -> None:
         """Keep these amounts up to date from now on."""

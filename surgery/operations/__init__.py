@@ -26,6 +26,7 @@ TABLE: Mapping[str, str] = MappingProxyType(
         "prefix": "surgery.operations.prefix:Prefix",
         "prompt": "surgery.operations.prompt:Prompt",
         "prune": "surgery.operations.prune:Prune",
+        "ptuning": "surgery.operations.ptuning:Ptuning",
         "train": "surgery.operations.train:Train",
     }
 )

@@ -57,6 +57,8 @@ class Entrance:
             last = list(layers_of(model.get_submodule(stack.path)))[-1]
             leave = f"{stack.path}.{last}" if stack.path else last
         keeps = any(p.kind == "attention" and p.role == "cross" and p.stack != stack.name for p in anatomy.parts)
+        # Some decoders attend to the encoder's output and to their own in one call, which is not a cross-attention.
+        keeps |= len(anatomy.stacks) > 1 and bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         return cls(
             root=root,
             lookup=part.path,
@@ -116,13 +118,18 @@ def _readers(model: nn.Module, root: str) -> Iterator[str]:
 
 def _room(model: nn.Module, anatomy: Anatomy, root: str, owner: str, width: int) -> int | None:
     """Positions that the learned table beside the lookup has, less the rows that families leave free at its start."""
+    # A few vectors that stand for the whole sequence are counted as positions are; a configuration tells them apart.
+    settings = getattr(getattr(model, "config", None), "__dict__", {})
+    known = {value for name, value in settings.items() if "position" in name and type(value) is int}
     for part in anatomy.parts:
         # Tables of distances stand with the layers, or have a number for each head.
         beside = _within(part.path, root) and (owner == root or not _within(part.path, owner))
         if part.role == "position" and part.stack is None and beside and part.shape[1] == width:
             table: Any = model.get_submodule(part.path)
             padding = getattr(table, "padding_idx", None)
-            return part.shape[0] - int(getattr(table, "offset", 0 if padding is None else padding + 1))
+            room = part.shape[0] - int(getattr(table, "offset", 0 if padding is None else padding + 1))
+            if not known or known & {room, part.shape[0]}:
+                return room
     return None
 
 

@@ -147,7 +147,7 @@ def extended(name: str, value: Any, layout: Layout, batch: int) -> Any:
 
 def _over_tokens(mask: Any, batch: int) -> bool:
     """Whether a mask is (batch, length), or of more dimensions and not the other way round."""
-    return isinstance(mask, Tensor) and (mask.dim() > 2 or mask.dim() == 2 and len(mask) in (1, batch))
+    return isinstance(mask, Tensor) and (mask.dim() > 2 or (mask.dim() == 2 and len(mask) in (1, batch)))
 
 
 def _widened(values: Tensor, batch: int) -> Tensor:

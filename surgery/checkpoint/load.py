@@ -47,6 +47,7 @@ def read(directory: Path, model: nn.Module | None = None, tell: files.Tell = fil
     plan = _replay(loaded.model, manifest)
     _fill(inventory(loaded.model), manifest, headers, tell)
     remember(loaded.model, plan)
+    _switch_off(loaded.model, manifest.inactive)
     loaded.model.eval()
     return loaded
 
@@ -107,6 +108,19 @@ def _replay(model: nn.Module, manifest: Manifest) -> Plan:
         raise CheckpointError.of("S440", f"the manifest's plan cannot be read ({error})") from None
     perform(plan, model, hollow=True)
     return plan
+
+
+def _switch_off(model: nn.Module, inactive: tuple[str, ...]) -> None:
+    """The adapters that were off when the model was saved."""
+    from surgery.compiler.switch import names, set_off
+
+    if inactive:
+        unknown = set(inactive) - names(model)
+        if unknown:
+            raise CheckpointError.of(
+                "S440", f"the manifest switches off `{min(unknown)}`, which the model does not have"
+            )
+        set_off(model, set(inactive))
 
 
 def remember(model: nn.Module, plan: Plan) -> None:

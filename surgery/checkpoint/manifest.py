@@ -34,7 +34,8 @@ class Manifest:
     program: canonical text. plan: the resolved sites, as `Plan.to_json`. model_class: `module:QualName`.
     origin: MODEL that the base came from, None where only its class is known.
     settings: what config.json leaves out (attention implementation). ties: name -> name of the tensor it is.
-    trainable: parameters that require gradients. extras: keys in the files that only other readers want.
+    trainable: parameters that require gradients, or will once their adapter is on. inactive: adapters that were off.
+    extras: keys in the files that only other readers want.
     promises: as `Report.to_json` of the last `verify`.
     """
 
@@ -47,6 +48,7 @@ class Manifest:
     tensors: Mapping[str, Entry]
     ties: Mapping[str, str] = field(default_factory=dict)
     trainable: tuple[str, ...] = ()
+    inactive: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     promises: Mapping[str, Any] | None = None
@@ -85,6 +87,7 @@ class Manifest:
         try:
             data["tensors"] = {str(name): _entry(value) for name, value in data["tensors"].items()}
             data["trainable"], data["extras"] = tuple(data["trainable"]), tuple(data.get("extras", ()))
+            data["inactive"] = tuple(map(str, data.get("inactive", ())))
             manifest = cls(**data)
             if not isinstance(manifest.program, str) or not isinstance(manifest.plan, dict):
                 raise TypeError("program or plan")

@@ -84,14 +84,14 @@ def save_merged(
     model: nn.Module,
     path: Path,
     *,
-    source: Path,
+    source: Path | None,
     origin: str | None = None,
     force: bool = False,
     tell: files.Tell = files.silent,
 ) -> None:
     """Write a merged model: as its library writes it where nothing of ours is left, as `save` does otherwise.
 
-    source: the directory whose tokenizer files are copied. A plain torch module becomes model.safetensors.
+    source: the directory whose tokenizer files are copied, if any. A plain torch module becomes model.safetensors.
     """
     if "_surgery" in model.__dict__:
         save(model, path, force=force, origin=origin, tell=tell)
@@ -101,7 +101,8 @@ def save_merged(
         if save_pretrained is not None:
             with huggingface.quiet():
                 save_pretrained(partial)
-            _copy_tokenizer(source, partial)
+            if source is not None:
+                _copy_tokenizer(source, partial)
         else:
             held = inventory(model)
             files.write(partial / BASE, {name: one.tensor for name, one in held.items() if one.persistent}, tell)
@@ -109,11 +110,12 @@ def save_merged(
 
 def _standing(plan: Plan, model: nn.Module) -> Plan:
     """The plan without the places that a merge made plain again."""
-    from surgery.graph import attention_interface, edge
+    from surgery.graph import attention_interface, edge, soft
     from surgery.graph.module import rewritten
 
-    children = (attention_interface.CHILD, edge.CHILD)
-    places = {path.removesuffix(f".{child}") for path, _ in rewritten(model) for child in children}
+    children = (attention_interface.CHILD, edge.CHILD, soft.CHILD)
+    split = [(path, *path.rpartition(".")) for path, _ in rewritten(model)]
+    places = {above if last in children else path for path, above, _, last in split}
     steps = (
         replace(
             step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from surgery.compiler.apply import apply, perform
+from surgery.compiler.combine import combine
 from surgery.compiler.merge import merge
 from surgery.compiler.plan import Plan, Step, plan
 from surgery.compiler.record import Record, parameters, record_of
@@ -16,6 +17,7 @@ __all__ = [
     "activate",
     "active",
     "apply",
+    "combine",
     "disabled",
     "merge",
     "parameters",

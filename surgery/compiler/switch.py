@@ -51,7 +51,11 @@ def activate(model: nn.Module, *wanted: str) -> None:
     """
     check_names(model, wanted)
     refuse_routed(model)
-    off = names(model) - set(wanted) if wanted else frozenset()
+    set_off(model, names(model) - set(wanted) if wanted else frozenset())
+
+
+def set_off(model: nn.Module, off: Collection[str]) -> None:
+    """Switch these off and all others on, and let what is off rest."""
     for _, module in rewritten(model):
         module.switch(off)
     rest(model)

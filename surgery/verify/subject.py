@@ -32,8 +32,9 @@ class Place:
     sites: int
 
     def copied(self) -> Rewritten:
-        """An independent copy in eval mode: its tensors may be written to."""
+        """An independent copy in eval mode with everything switched on: its tensors may be written to."""
         copied = copy.deepcopy(self.module).eval()
+        copied.switch(frozenset())
         bare(copied)  # what hangs on its edge is checked by itself
         return copied
 

@@ -110,10 +110,10 @@ def save_merged(
 
 def _standing(plan: Plan, model: nn.Module) -> Plan:
     """The plan without the places that a merge made plain again."""
-    from surgery.graph import attention_interface, edge, soft
+    from surgery.graph import attention_interface, edge, soft, stack
     from surgery.graph.module import rewritten
 
-    children = (attention_interface.CHILD, edge.CHILD, soft.CHILD)
+    children = (attention_interface.CHILD, edge.CHILD, soft.CHILD, stack.CHILD)
     split = [(path, *path.rpartition(".")) for path, _ in rewritten(model)]
     places = {above if last in children else path for path, above, _, last in split}
     steps = (

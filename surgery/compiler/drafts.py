@@ -17,6 +17,7 @@ from surgery.graph.edge import EdgeDraft, EdgeSite
 from surgery.graph.module import CODES, Rewritten, standings
 from surgery.graph.site import Site
 from surgery.graph.soft_entry import EntryDraft, EntrySite
+from surgery.graph.stack import StackDraft, StackSite
 
 
 def ours(standing: Rewritten) -> dict[str, Any]:
@@ -83,7 +84,11 @@ def _edge(place: Place) -> EdgeDraft:
 
 
 def _entry(place: Place) -> EntryDraft:
-    return EntryDraft(place.model, place.part, place.hollow)
+    return EntryDraft(place.model, place.part, place.hollow, place.anew)
+
+
+def _stack(place: Place) -> StackDraft:
+    return StackDraft(place.module, place.part, place.hollow, place.anew)
 
 
 MAP = Way("map", _map, Site)
@@ -92,6 +97,7 @@ WAYS: Mapping[str, Way] = MappingProxyType(
         "attention": Way("attention", _attention, AttentionSite),
         "edge": Way("edge", _edge, EdgeSite),
         "entry": Way("entry", _entry, EntrySite),
+        "experts": Way("experts", _stack, StackSite),
     }
 )
 """By kind of part; every other kind is a map."""

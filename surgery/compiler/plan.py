@@ -142,8 +142,7 @@ def plan(
     else:
         anatomy = again.retied(record.plan.anatomy, model)
     if tokenizer is not None:
-        read = (replace(each, operation=each.operation.read(tokenizer)) for each in program.statements)
-        program = replace(program, statements=tuple(read))
+        program = replace(program, statements=tuple(_told(each, tokenizer) for each in program.statements))
     resolved, shared = _steps(program, anatomy, model)
     if record is not None:
         program = again.joined(record.plan.program, program)
@@ -201,6 +200,14 @@ def _chosen(anatomy: Anatomy, statement: Statement) -> tuple[Part, ...]:
             help="leave the selector out",
         )
     return ()
+
+
+def _told(statement: Statement, tokenizer: Any) -> Statement:
+    """The statement with what its texts decide; errors stand at the statement."""
+    try:
+        return replace(statement, operation=statement.operation.read(tokenizer))
+    except SurgeryError as error:
+        raise type(error)(*(replace(each, span=each.span or statement.span) for each in error.diagnostics)) from None
 
 
 def _sized(statement: Statement, parts: Sequence[Part], model: nn.Module) -> Statement:

@@ -54,7 +54,7 @@ class Amounts:
 
     @property
     def now(self) -> int:
-        return self.most - self.less
+        return max(self.most - self.less, 0)
 
     def set(self, path: str, length: int) -> None:
         self.of[path] = length

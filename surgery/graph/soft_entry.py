@@ -15,6 +15,7 @@ from surgery.graph.attention import AttentionSite
 from surgery.graph.insertion import Insertion
 from surgery.graph.insertion import remove as remove_insertions
 from surgery.graph.insertion_entrance import Entrance
+from surgery.graph.module import duplicate
 from surgery.graph.settle import Settling
 from surgery.graph.site import Site
 
@@ -47,9 +48,9 @@ class SoftEntry(Settling):
 
 
 class EntryDraft:
-    """An entry being rewritten. hollow: new tensors are shapes on the meta device."""
+    """An entry being rewritten. hollow: new tensors are shapes on the meta device. anew: without what stands there."""
 
-    def __init__(self, model: nn.Module, part: Part, hollow: bool = False) -> None:
+    def __init__(self, model: nn.Module, part: Part, hollow: bool = False, anew: bool = False) -> None:
         self.part, self.path, self.hollow = part, part.path, hollow
         self.module = model.get_submodule(part.path)
         self.root, self.added = nn.Module(), list[str]()
@@ -62,8 +63,14 @@ class EntryDraft:
         self.device = table.device
         held = self.module._modules.get(soft.CHILD)
         self.standing = held if isinstance(held, SoftEntry) else None
-        self.graph, self.original = fx.Graph(), nn.Module().train(self.module.training)
-        self.graph.output(self.graph.call_function(soft.nothing))
+        self.original = nn.Module().train(self.module.training)
+        if self.standing is not None and not anew:
+            self.graph, self.added = duplicate(self.standing.full), list(self.standing.added)
+            for store in ("_parameters", "_buffers", "_modules"):
+                self.root.__dict__[store] = dict(self.standing.__dict__[store])
+        else:
+            self.graph = fx.Graph()
+            self.graph.output(self.graph.call_function(soft.nothing))
         self.root.register_buffer("like", torch.empty(0, dtype=self.dtype, device=self.device), persistent=False)
 
     def tensor(self, name: str) -> Tensor:

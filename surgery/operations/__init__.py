@@ -21,6 +21,7 @@ TABLE: Mapping[str, str] = MappingProxyType(
         "quantize": "surgery.operations.quantize:Quantize",
         "freeze": "surgery.operations.freeze:Freeze",
         "ia3": "surgery.operations.ia3:Ia3",
+        "instruct": "surgery.operations.instruct:Instruct",
         "lora": "surgery.operations.lora:Lora",
         "optimize": "surgery.operations.optimize:Optimize",
         "prefix": "surgery.operations.prefix:Prefix",
@@ -28,6 +29,7 @@ TABLE: Mapping[str, str] = MappingProxyType(
         "prune": "surgery.operations.prune:Prune",
         "ptuning": "surgery.operations.ptuning:Ptuning",
         "train": "surgery.operations.train:Train",
+        "shots": "surgery.operations.shots:Shots",
     }
 )
 

@@ -33,7 +33,7 @@ class Front(Operation):
     phase: ClassVar[Phase] = "attach"
     acts_on: ClassVar[tuple[Kind, ...]] = ("entry", "attention")
     default_selector: ClassVar[Selector | None] = Role("layers")
-    rank: ClassVar[int] = 1  # of several, those of lower rank come first
+    order: ClassVar[int] = 1  # of several, those with the lower number come first
 
     @property
     def length(self) -> int | None:
@@ -44,6 +44,11 @@ class Front(Operation):
     def stored(self) -> bool:
         """Whether keys and values are computed once and kept."""
         return False
+
+    @property
+    def rank(self) -> int:
+        """Of several, those of lower rank come first; what is kept comes before what may be trained."""
+        return self.order - 10 * self.stored
 
     def rows(self, site: EntrySite) -> Node:
         """What comes in front: (n, width) as embeddings are, or (n,) token numbers."""

@@ -26,7 +26,7 @@ from surgery.operations.base import (
     same_as,
 )
 from surgery.operations.lora_init import RANDOM, loftq, normal, pissa
-from surgery.operations.lora_ranks import by_layer, told, within
+from surgery.operations.lora_ranks import by_layer, matrices, told, within
 from surgery.operations.lora_ranks import key as place
 
 if TYPE_CHECKING:
@@ -45,12 +45,13 @@ class Lora(Operation):
     """Low-rank adaptation (Hu et al. 2021): y = W x + s B A x, with B = 0 at the start.
 
     s is alpha/rank, or alpha/sqrt(rank) with `scale rs` (Kalajdzievski 2023). On a fused projection each role gets an
-    adapter of its own on its own channels; of an embedding, A is the table that starts at zero.
+    adapter of its own on its own channels; of an embedding, A is the table that starts at zero. Every expert of a stack
+    gets an A and a B of its own, and its weight is W + s B A when it is read.
     """
 
     verb: ClassVar[str] = "lora"
     phase: ClassVar[Phase] = "attach"
-    acts_on: ClassVar[tuple[Kind, ...]] = ("projection", "lookup")
+    acts_on: ClassVar[tuple[Kind, ...]] = ("projection", "lookup", "experts")
     one_of: ClassVar[tuple[str, ...]] = ("rank", "budget")
 
     rank: Count | Counts | None = option(
@@ -132,9 +133,12 @@ class Lora(Operation):
             yield told(self.ranks)
 
     def fits(self, part: Part) -> str | None:
-        narrow = min(part.width, part.shape[1])
-        if self.r > narrow:
-            return f"rank {self.r} on a {part.width} x {part.shape[1]} matrix, whose rank is at most {narrow}"
+        _, out, wide = matrices(part)
+        if self.r > min(out, wide):
+            return f"rank {self.r} on a {out} x {wide} matrix, whose rank is at most {min(out, wide)}"
+        if part.kind == "experts" and (self.dora or self.from_weight or self.dropout):
+            said = "dora" if self.dora else "dropout" if self.dropout else f"init {self.start}"
+            return f"{said} is not possible on experts, whose stacked weights are adapted and not their inputs"
         if part.kind == "lookup" and (self.dora or self.from_weight):
             return f"{'dora' if self.dora else f'init {self.start}'} needs a linear map, not a lookup"
         if part.tied and self.from_weight:
@@ -167,7 +171,9 @@ class Lora(Operation):
 
     def rewrite(self, site: Site) -> None:
         lora = self.at(site.part)
-        if site.is_lookup:
+        if site.part.kind == "experts":
+            lora._rewrite_experts(site)
+        elif site.is_lookup:
             lora._rewrite_lookup(site)
         else:
             lora._rewrite_projection(site)
@@ -182,6 +188,13 @@ class Lora(Operation):
             x = site.module("lora_dropout", torch.nn.Dropout(self.dropout))(x)
         update = site.call(functions.low_rank, x, a, b, self.factor)
         site.add_to_output(self._decompose(site, a, b, update) if self.dora else update)
+
+    def _rewrite_experts(self, site: Any) -> None:
+        """One A and B for each expert."""
+        count, out, wide = matrices(site.part)
+        a = site.parameter("lora_A", (count, self.r, wide), RANDOM[self.start])
+        b = site.parameter("lora_B", (count, out, self.r))
+        site.add_to_weight(a, b, self.factor)
 
     def _rewrite_lookup(self, site: Site) -> None:
         """A's columns are looked up, so A is what must start at zero for one row to be trained at a time."""

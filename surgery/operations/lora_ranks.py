@@ -24,7 +24,8 @@ def key(part: Part) -> str:
 def matrices(part: Part) -> tuple[int, int, int]:
     """How many matrices a part has, and the (out, in) of each; a lookup takes its vocabulary to its width."""
     if part.kind == "experts":
-        return part.shape[0], part.shape[1], part.shape[2]
+        channels = ((0, part.shape[1]),) if part.channels is None else part.channels
+        return part.shape[0], sum(stop - start for start, stop in channels), part.shape[2]
     return (1, part.shape[1], part.shape[0]) if part.kind == "lookup" else (1, part.width, part.shape[1])
 
 

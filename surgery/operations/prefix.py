@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, ClassVar
 from surgery.errors import PlanError
 from surgery.language.selector import Role, Selector
 from surgery.lazy import functional, lazy, torch
-from surgery.operations.base import Count, Flag, Operation, Phase, Text, Variant, flag, option, payload, quantity
+from surgery.operations.base import (
+    Count,
+    Flag,
+    Operation,
+    Phase,
+    Start,
+    Text,
+    Variant,
+    flag,
+    option,
+    payload,
+    quantity,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -100,6 +112,10 @@ class Prefix(Operation):
         own = [part.path for part in parts if attention_cache.through_cache(model.get_submodule(part.path))]
         if own:
             yield f"the model computes its attention itself: the prefix goes in through its cache ({_places(own)})"
+
+    @property
+    def starts_from(self) -> Start:
+        return "chance" if self.text is None else "model"
 
     def claims(self, name: str | None) -> tuple[str, ...]:
         return (f"keys and values under the name {name or 'default'}",)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from surgery.lazy import functions, torch
-from surgery.operations.base import Flag, Granularity, Operation, Phase, Ratio, Share, Word, flag, kind, quantity
+from surgery.operations.base import Flag, Granularity, Operation, Phase, Ratio, Share, Start, Word, flag, kind, quantity
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -54,6 +54,14 @@ class Prune(Operation):
     @property
     def on_merge(self) -> str:
         return "the zeros stay"
+
+    @property
+    def starts_from(self) -> Start:
+        return "chance" if self.score == "random" else "full weight"
+
+    @property
+    def changes_base(self) -> bool:
+        return True
 
     @property
     def collective(self) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from surgery.language.selector import Role, Selector
 from surgery.lazy import codes, functions, torch
-from surgery.operations.base import Count, Flag, Granularity, Operation, Phase, Word, flag, kind, option
+from surgery.operations.base import Count, Flag, Granularity, Operation, Phase, Start, Word, flag, kind, option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,6 +57,14 @@ class Quantize(Operation):
     @property
     def on_merge(self) -> str:
         return "comes back at full width"
+
+    @property
+    def starts_from(self) -> Start:
+        return "full weight"
+
+    @property
+    def changes_base(self) -> bool:
+        return True
 
     def claims(self, name: str | None) -> tuple[str, ...]:
         return ("codes",)

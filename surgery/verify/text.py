@@ -52,7 +52,8 @@ def _why_not(subject: Subject, step: Step) -> str:
     if len(attention_steps(subject)) > 1:
         return "other statements act on the same attention calls"
     attention = [part for part in subject.plan.anatomy.parts if part.kind == "attention" and part.role == "attn"]
-    return "" if len(step.parts) == len(attention) else "only some layers have the prefix"
+    mine = [part for part in step.parts if part.kind == "attention"]
+    return "" if len(mine) == len(attention) else "only some layers have the prefix"
 
 
 def _ids(subject: Subject, step: Step) -> Tensor:
@@ -60,6 +61,8 @@ def _ids(subject: Subject, step: Step) -> Tensor:
     from surgery.graph.attention_text import fill_up, token_ids
 
     operation: Any = step.operation
+    if hasattr(operation, "hard"):
+        return torch.tensor(operation.hard(subject.tokenizer))
     ids = token_ids(subject.tokenizer, operation.text)
     return torch.tensor(list(fill_up(ids, operation.positions or len(ids))))
 

@@ -79,7 +79,7 @@ def _has(model: nn.Module, part: Part, statement: str, attached: bool) -> bool:
     A mask has none where its weight has become codes.
     """
     module = model.get_submodule(part.path)
-    held = [module, *module.children()] if part.kind == "attention" else [module]
+    held = [module, *module.children()] if part.kind in ("attention", "entry", "experts") else [module]
     if part.kind == "edge":
         held = [edge for edge in [attached_edge(model, part)] if edge is not None]
     graphs = [each.full for each in held if isinstance(each, Rewritten)]
@@ -137,7 +137,8 @@ def round_trip(subject: Subject) -> Iterator[Finding]:
 
 
 def attention_steps(subject: Subject) -> list[Step]:
-    return [step for step in subject.plan.steps if any(part.kind == "attention" for part in step.parts)]
+    kinds = ("attention", "entry")
+    return [step for step in subject.plan.steps if any(part.kind in kinds for part in step.parts)]
 
 
 def _not_run(promise: str, statement: str) -> Finding:

@@ -7,6 +7,7 @@ looked through.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from surgery.anatomy.flow import Flow
 from surgery.anatomy.probe import Unknown, shape_of
 from surgery.anatomy.products import Product, operator_name
 from surgery.anatomy.roles import Roles
-from surgery.anatomy.trace import owner, raw_owner
+from surgery.anatomy.trace import call_of, owner
 
 ADDS = {"add", "add_"}
 PASSES = {
@@ -51,7 +52,7 @@ class Edges:
         self.trace = roles.flow.trace
         self.calls: dict[str, set[str]] = {}
         for node in self.trace.nodes:
-            self.calls.setdefault(owner(node), set()).add(raw_owner(node))
+            self.calls.setdefault(owner(node), set()).add(call_of(node))
         self.attention = {found.call.node: found.role for found in roles.attention}
 
     def find(self) -> list[Edge]:
@@ -123,7 +124,7 @@ class Edges:
             width = shape_of(value)[-1]
         except (Unknown, IndexError):
             return None
-        taken = self.input(value, width)
+        taken = self.input(value)
         node: fx.Node | None = value
         reader = addition
         while node is not None:
@@ -140,8 +141,11 @@ class Edges:
             outer = outer.rpartition(".")[0]
         return len(self.calls[path]) <= max(1, len(self.calls.get(outer, ())))
 
-    def input(self, value: fx.Node, width: int) -> str | None:
-        """The module that takes what the sub-layer reads of the stream: the first one behind the edge that does."""
+    def input(self, value: fx.Node) -> str | None:
+        """The module that takes what the sub-layer reads of the stream: the first one behind the edge that does.
+
+        A mixture of experts also picks, repeats and weighs its tokens: what it reads has as many numbers as it gives.
+        """
         seen, waiting, found = {value}, [value], list[tuple[int, str]]()
         while waiting:
             node = waiting.pop()
@@ -153,7 +157,13 @@ class Edges:
                     waiting.append(source)
                     continue
                 path = owner(node)
-                if node in self.flow.at and path and self.comes_in(source, path) and last(source) == width:
+                if (
+                    node in self.flow.at
+                    and path
+                    and self.called_once(path)
+                    and self.comes_in(source, path)
+                    and alike(source, value)
+                ):
                     found.append((self.trace.order[node], path))
         return min(found)[1] if found else None
 
@@ -167,12 +177,13 @@ class Edges:
         return True
 
 
-def last(node: fx.Node) -> int | None:
-    """Size of a node's last dimension."""
+def alike(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two values hold as many tokens of the same width."""
     try:
-        return (shape_of(node) or (None,))[-1]
+        a, b = shape_of(one), shape_of(other)
     except Unknown:
-        return None
+        return False
+    return a[-1:] == b[-1:] and math.prod(a) == math.prod(b)
 
 
 def within(path: str, outer: str) -> bool:

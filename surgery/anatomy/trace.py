@@ -141,13 +141,14 @@ def numbers(value: torch.Tensor) -> torch.Tensor:
 
 def owner(node: fx.Node) -> str:
     """Path of the innermost module whose forward made this node."""
-    return CALL.sub("", raw_owner(node))
-
-
-def raw_owner(node: fx.Node) -> str:
-    """As `owner`, with a mark `@1` where it was the module's second call."""
     stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
+    return CALL.sub("", str(list(stack.values())[-1][0])) if stack else ""
+
+
+def call_of(node: fx.Node) -> str:
+    """Which call of the innermost module made this node: two calls of one module differ in it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack)[-1]) if stack else ""
 
 
 @contextlib.contextmanager

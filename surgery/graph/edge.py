@@ -89,6 +89,7 @@ class EdgeDraft:
         module = model.get_submodule(part.path)
         self.dtype, self.device = _like(model, part.path)
         held = module._modules.get(CHILD)
+        self.standing = held if isinstance(held, Edge) else None
         if isinstance(held, Edge) and not anew:
             self.original, self.added, self.graph = held.original, list(held.added), duplicate(held.full)
             for store in ("_parameters", "_buffers", "_modules"):
@@ -109,6 +110,8 @@ class EdgeDraft:
         if self.made is None:
             self.graph.lint()
             self.made = Edge.build(self.root, self.graph, self.original, tuple(self.added))
+            if self.standing is not None:
+                self.made.follow(self.standing)
         return self.made
 
     def install(self, model: nn.Module) -> Edge:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.anatomy import study as study
+    from surgery.checkpoint.export import export as export
+    from surgery.checkpoint.interchange.peft_import import import_peft as import_peft
     from surgery.checkpoint.load import load as load
     from surgery.checkpoint.save import save as save
     from surgery.compiler import activate as activate
@@ -35,6 +37,8 @@ _HOMES = {
     "apply": "surgery.compiler",
     "combine": "surgery.compiler",
     "disabled": "surgery.compiler",
+    "export": "surgery.checkpoint.export",
+    "import_peft": "surgery.checkpoint.interchange.peft_import",
     "load": "surgery.checkpoint.load",
     "load_program": "surgery.language",
     "merge": "surgery.compiler",
@@ -49,8 +53,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "SurgeryError", "__version__", "activate", "active", "apply", "combine", "disabled", "load", "load_program", "merge",
-    "optimizer", "parameters", "parse", "plan", "route", "save", "study", "verify",
+    "SurgeryError", "__version__", "activate", "active", "apply", "combine", "disabled", "export",
+    "import_peft", "load", "load_program", "merge", "optimizer", "parameters", "parse", "plan", "route",
+    "save", "study", "verify",
 ]  # fmt: skip
 
 

@@ -28,6 +28,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "apply": ("surgery.cli.apply", "Apply a program to a model and save the result."),
     "verify": ("surgery.cli.verify", "Check the promises of a saved result."),
     "merge": ("surgery.cli.merge", "Fold a saved result into plain weights."),
+    "export": ("surgery.cli.export", "Write a saved result in a form that others load."),
+    "import": ("surgery.cli.import_", "Put an adapter of another library on its base."),
     "inspect": ("surgery.cli.inspect", "Tell what a directory is, without reading its weights."),
     "diff": ("surgery.cli.diff", "Compare the tensors of two directories."),
     "completion": ("surgery.cli.completion", "Print the shell completion script."),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,14 +33,23 @@ def seed_of(*words: object) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(map(str, words)).encode()).digest()[:7], "big")
 
 
+def tensor_name(name: str, part: Part, owner: str | None) -> str:
+    """The name that a tensor of a statement has in its module: whose it is, what, and of which channels."""
+    channels = "_" + re.sub(r"\W+", "_", part.name) if part.channels else ""
+    return f"{owner}_{name}{channels}" if owner else f"{name}{channels}"
+
+
 class Site:
-    """One part of a draft, as one statement sees it."""
+    """One part of a draft, as one statement sees it.
+
+    kept: tensors and children that the statement put there before, by full name; they are taken instead of new ones.
+    """
+
+    kept: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, draft: Draft, part: Part, statement: str, name: str | None, verb: str, seed: int = 0) -> None:
         self.draft, self.part, self.statement, self.verb, self.seed = draft, part, statement, verb, seed
-        self.name = name or "default"
-        self._before = f"{name}_" if name else ""
-        self._after = "_" + re.sub(r"\W+", "_", part.name) if part.channels else ""
+        self.name, self._given = name or "default", name
 
     @property
     def path(self) -> str:
@@ -47,7 +57,7 @@ class Site:
 
     def full_name(self, name: str) -> str:
         """The name that a tensor of this statement has in the module: whose it is, what, and of which channels."""
-        return f"{self._before}{name}{self._after}"
+        return tensor_name(name, self.part, self._given)
 
     @property
     def is_lookup(self) -> bool:
@@ -156,6 +166,8 @@ class Site:
         self, name: str, shape: tuple[int, ...], init: Init = zeros, dtype: torch.dtype | None = None
     ) -> fx.Node:
         """A new trainable tensor; float32 over a 16-bit base, the base's dtype otherwise."""
+        if self.full_name(name) in self.kept:
+            return self._attribute(name, self.kept[self.full_name(name)])
         wide = torch.float32 if self.dtype.itemsize < 4 else self.dtype
         tensor = torch.empty(shape, dtype=dtype or wide, device=self.device)
         self._fill(tensor, name, init)
@@ -166,14 +178,14 @@ class Site:
         full = self.full_name(name)
         if exact:
             self.draft.exact.append(full)
-        self.draft.root.register_buffer(full, tensor.to(self.device), persistent)
+        self.draft.root.register_buffer(full, self.kept.get(full, tensor).to(self.device), persistent)
         self.draft.added.append(full)
         return self._get(full)
 
     def module(self, name: str, module: nn.Module) -> Callable[..., fx.Node]:
         """A new child, such as dropout, whose mode follows the model's; gives the function that calls it."""
         full = self.full_name(name)
-        self.draft.root.add_module(full, module)
+        self.draft.root.add_module(full, self.kept.get(full, module))
         self.draft.added.append(full)
 
         def called(*args: Any) -> fx.Node:
@@ -306,7 +318,8 @@ class Site:
         weight = self.draft.root._parameters.pop(self.part.parameter, None)
         if weight is not None:
             self.draft.replaced[self.part.parameter] = weight
-        self.draft.root.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        codes = self.kept[name] if name in self.kept else nn.Parameter(tensor, requires_grad=False)
+        self.draft.root.register_parameter(name, codes)
         with self.draft.graph.inserting_before(next(iter(self.draft.graph.nodes))):
             return self._ours(self._unchecked(name))
 

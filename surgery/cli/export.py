@@ -1,0 +1,34 @@
+"""`surgery export`: a saved result in a form that others load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from surgery.checkpoint.forms import FORMS
+from surgery.cli.arguments import force_option, out_argument, output_option
+from surgery.cli.progress import progress
+from surgery.cli.sizes import directory_size
+
+
+@click.command()
+@out_argument
+@click.option("--to", "form", required=True, type=click.Choice(FORMS), help="Who is to load it.")
+@output_option
+@force_option
+def command(out: str, form: str, output: Path, force: bool) -> None:
+    """Write the result in OUT for others: its adapters for PEFT, or the whole model, folded, for transformers."""
+    from surgery.checkpoint.staging import check_target
+
+    check_target(output, force)
+    from surgery.checkpoint.export import export
+    from surgery.checkpoint.load import load
+    from surgery.checkpoint.manifest import Manifest, total_bytes
+
+    manifest = Manifest.read(Path(out))
+    with progress(f"reading {out}", lambda: total_bytes(Path(out))) as tell:
+        model = load(out, tell=tell)
+    with progress(f"writing {output}"):
+        export(model, output, to=form, origin=manifest.origin, source=Path(out), force=force)
+    click.echo(f"Saved in {output} ({directory_size(output)}).")

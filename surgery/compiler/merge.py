@@ -83,9 +83,18 @@ def _what_is_left(plan: Plan, model: nn.Module) -> Plan:
         parts = tuple(part for part in step.parts if id(part) in graphs or not step.operation.rewrites(part))
         if parts or not step.parts:
             statement = replace(step.statement, operation=step.operation.folded())
+            _reword(model, str(step.statement), str(statement))
             steps.append(Step(statement, parts))
     program = replace(plan.program, statements=tuple(step.statement for step in steps))
     return replace(plan, program=program, steps=tuple(steps), cost=_cost(plan, model, len(steps)), warnings=())
+
+
+def _reword(model: nn.Module, before: str, after: str) -> None:
+    """Let the graphs name a statement as it reads now."""
+    nodes = (node for _, site in rewritten(model) for node in (*site.full.nodes, *site.graph.nodes))
+    for node in nodes if before != after else ():
+        if node.meta.get("statement") == before:
+            node.meta["statement"] = after
 
 
 def _cost(plan: Plan, model: nn.Module, steps: int) -> Cost:

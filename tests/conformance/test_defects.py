@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 import surgery
 from surgery.verify.bounds import merge_bound, relative_error
-from tests import zoo
+from tests import others, zoo
 
 
 def trained(model: Any, program: str, size: float = 0.3, example: Any = None) -> Any:
@@ -191,3 +192,58 @@ def test_defect_17_a_model_of_no_known_architecture_is_understood() -> None:
     surgery.apply(surgery.parse("lora rank 2 on attn.q,v"), model, example_inputs=(x,))
     assert set(surgery.parameters(model)) == {f"1.{name}.lora_{m}" for name in ("gamma", "delta") for m in "AB"}
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gptj"])
+def test_defect_10_a_prefix_keeps_under_gradient_checkpointing(family: str) -> None:
+    """A prefix that is handed in as a cache is dropped where layers are checkpointed; here gradients keep their bits.
+
+    Caches with checkpointing are refused by PEFT itself; GPT-J is reached through its cache here too, and may.
+    """
+    gradients = []
+    for checkpointing in (False, True):
+        model = others.tiny(family) if family == "gptj" else zoo.tiny(family)
+        surgery.apply(surgery.parse("prefix 5"), model)
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        fed = zoo.inputs(model)
+        model(**fed, labels=fed["input_ids"], use_cache=False).loss.backward()
+        gradients.append([parameter.grad for parameter in surgery.parameters(model).values()])
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in gradients[0])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_defect_10_checkpointing_is_what_a_peer_refuses() -> None:
+    """The defect is there: PEFT's prefix tuning will not be built on a model with gradient checkpointing."""
+    peft = pytest.importorskip("peft")
+    model = zoo.tiny("llama")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        peft.get_peft_model(model, peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gptj"])
+def test_defect_10_a_prefix_generates_with_every_cache(family: str, cache: str) -> None:
+    """A prefix that lies in the cache takes its places: static ones fail. Here a cache holds tokens only."""
+    kinds: dict[str, dict[str, Any]] = {
+        "dynamic": {},
+        "static": {"cache_implementation": "static", "disable_compile": True},
+        "none": {"use_cache": False},
+    }
+    base = others.tiny(family) if family == "gptj" else zoo.tiny(family)
+    base.generation_config.eos_token_id = None
+    model = copy.deepcopy(base)
+    surgery.apply(surgery.parse(f'prefix init text "{others.TEXT}"'), model, tokenizer=others.ids_of)
+    x = zoo.tokens(50, 2, 6)
+    prompt = torch.cat((torch.tensor([others.IDS]).expand(2, -1), x), 1)
+    wanted = base.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    got = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=6, do_sample=False, **kinds[cache])
+    assert got[:, 6:].tolist() == wanted[:, prompt.shape[1] :].tolist()
+    plain = base.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=6, do_sample=False)
+    assert got.tolist() != plain.tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import surgery
 from surgery.errors import SurgeryError
-from tests import studied, zoo
+from tests import others, studied, zoo
 from tests.reference_decoder import Shape, reference_decoder
 
 TEXT = "w5 w9 w33 w12 w17"
@@ -86,7 +87,7 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", GENERATIONS)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_generate_token_for_token(family: str, how: str) -> None:
     """Promise: a padded batch generates what its rows generate when prompted with the text, whatever the cache."""
     model = zoo.tiny(family)
@@ -103,6 +104,50 @@ def test_generate_token_for_token(family: str, how: str) -> None:
         prompt = torch.cat((IDS[0], row[seen]))[None]
         wanted = base.generate(prompt, attention_mask=torch.ones_like(prompt), **length, **beams)[0, prompt.shape[1] :]
         assert tokens.tolist() == wanted.tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_padding_does_not_matter(family: str, side: str) -> None:
+    """Promise: a row of a padded batch has the logits that it has when prompted alone, padded left or right."""
+    model = zoo.tiny(family)
+    base = copy.deepcopy(model)
+    x, mask = zoo.tokens(50, 2, 9), torch.ones(2, 9, dtype=torch.long)
+    seen = slice(4, 9) if side == "left" else slice(0, 5)
+    mask[0] = 0
+    mask[0, seen] = 1
+    model = studied.apply(BY_TEXT, family, model, ids_of)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    got = model(input_ids=x * mask, attention_mask=mask, position_ids=positions).logits[0, seen]
+    prompted = base(input_ids=torch.cat((IDS, x[:1, seen]), 1)).logits[0, IDS.shape[1] :]
+    assert (got - prompted).abs().max() < 1e-5 * prompted.abs().max()
+
+
+HEADS = ("qwen3", "gpt_bigcode", "deepseek_v2", "deepseek_v3")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HEADS)
+def test_other_geometries_of_heads(name: str) -> None:
+    """Norms of queries and keys, one key-value head, latent attention whose keys (10) and values (7) differ in width.
+
+    The prefix stands where the attention call has its keys: behind norms, rotations and the latents' expansion.
+    """
+    base, model = others.pair(f'prefix init text "{others.TEXT}"', name)
+    x = zoo.tokens(60, 2, 7)
+    text = torch.tensor([others.IDS]).expand(2, -1)
+    prompted = base(input_ids=torch.cat((text, x), 1)).logits[:, text.shape[1] :]
+    assert (model(input_ids=x).logits - prompted).abs().max() < 1e-5 * prompted.abs().max()
+    keys = {tuple(p.shape) for n, p in surgery.parameters(model).items() if n.endswith("prefix_key")}
+    heads = others.anatomy(name).parts[0].heads or next(p.heads for p in others.anatomy(name).parts if p.heads)
+    assert keys == {(heads.key_value, 5, heads.key_width)}
+    _, through = others.pair("prefix 4 via mlp 6", name)
+    on = through(input_ids=x).logits
+    surgery.merge(through)
+    assert torch.equal(through(input_ids=x).logits, on)
+    _, gated = others.pair("prefix 4 gated", name)
+    assert torch.equal(gated(input_ids=x).logits, base(input_ids=x).logits)
 
 
 @pytest.mark.slow
@@ -180,6 +225,35 @@ def test_network_becomes_plain_keys_and_values(name: str) -> None:
     surgery.merge(model)
     assert torch.equal(specimen.logits(), before)
     assert {name.rpartition(".")[2] for name in surgery.parameters(model)} == {"prefix_key", "prefix_value"}
+
+
+@pytest.mark.parametrize("gated", ["", " gated"])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_merged_prefixes_are_saved_loaded_verified_and_trained(name: str, gated: str, tmp_path: Path) -> None:
+    """Promise: what a merge leaves is a `prefix` without `via`, to everything that follows."""
+    specimen = zoo.specimen(name)
+    base = specimen.logits()
+    model = studied.apply(f"prefix 4 via mlp 8{gated}\nlora rank 2 on attn.q", name, specimen.model)
+    with torch.no_grad():
+        for path, parameter in surgery.parameters(model).items():
+            parameter.add_(torch.randn(parameter.shape, generator=zoo.seeded(2, path)).to(parameter.dtype) * 0.1)
+    assert surgery.verify(model)
+    surgery.merge(model)
+    on = specimen.logits()
+    assert surgery.verify(model)
+    surgery.save(model, tmp_path / "merged")
+    again: Any = surgery.load(tmp_path / "merged")
+    assert torch.equal(zoo.logits(again, specimen.inputs), on)
+    assert surgery.verify(again)
+    assert (tmp_path / "merged" / "surgery.json").read_text().count(" via mlp") == 0
+    with surgery.disabled(again):
+        assert not torch.equal(zoo.logits(again, specimen.inputs), on)
+        assert (zoo.logits(again, specimen.inputs) - base).abs().max() > 0  # the merged lora stays in the weights
+    assert isinstance(specimen.inputs, dict)
+    for parameter in surgery.parameters(again).values():
+        parameter.requires_grad_(True)
+    again(**specimen.inputs).logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in surgery.parameters(again).values())
 
 
 @pytest.mark.parametrize("program", ["prefix 5", "prefix 5 via mlp 8", "prefix 5 gated"])

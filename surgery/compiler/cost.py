@@ -105,7 +105,7 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0, base: Cost |
     if problems:
         raise PlanError(*problems)
     for index, step in enumerate(steps):
-        for tensor in drafts.pools[str(step.statement)].values():
+        for tensor in drafts.shared(step):
             added[index] += tensor.numel()
             changed[index] += _size(tensor)
     trained = tuple(_count(tensors([step], model)) for step in steps)
@@ -159,7 +159,7 @@ def _visit(drafts: Any, steps: Sequence[Step], visits: list[tuple[int, Part]]) -
             before = _tensors(site.draft.root)
         steps[index].operation.rewrite(site)
         after = _tensors(site.draft.root)
-        shared = {id(t) for pool in drafts.pools.values() for t in pool.values()}
+        shared = {id(t) for t in drafts.pool.values()}
         new = [t for key, t in after.items() if key not in before and key not in shared]
         gone = [t for key, t in before.items() if key not in after]
         trained = sum(t.numel() for t in new if isinstance(t, nn.Parameter) and t.requires_grad)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from surgery.graph.capture import Captured, capture
-from surgery.graph.module import Facts, Rewritten, duplicate
+from surgery.graph.module import Facts, Rewritten, duplicate, take_base
 
 LANDMARKS = ("input", "product", "weight", "stored", "output")
 
@@ -24,6 +24,7 @@ class Draft:
 
     hollow: new tensors are shapes on the meta device and nothing is computed (planning, loading).
     slots: every place (parent, child name) where the module stands; shared modules stand in several.
+    anew: leave out what is there already, to be written again. standing: what is there.
     wide: the (out, in) weight that codes were made from, while it is at hand. encode: makes codes of another one.
     held: what codes are made of now, where that is not `wide` and parts of it belong to several statements.
     """
@@ -35,6 +36,7 @@ class Draft:
         parameter: str = "weight",
         hollow: bool = False,
         slots: Sequence[tuple[nn.Module, str]] = (),
+        anew: bool = False,
     ) -> None:
         self.exact: list[str] = []
         self.wide: fx.Node | None = None
@@ -45,6 +47,11 @@ class Draft:
         self.path, self.hollow, self.slots = path, hollow, slots
         self.actions: list[Callable[[], Any]] = []
         self.root = nn.Module()
+        self.standing = module if isinstance(module, Rewritten) else None
+        if isinstance(module, Rewritten) and anew:
+            self._begin_anew(module, path, parameter)
+            self.mark()
+            return
         if isinstance(module, Rewritten):
             assert module.facts is not None, "an attention call is rewritten by an AttentionDraft"
             self.original, self.added, self.facts = module.original, list(module.added), module.facts
@@ -68,6 +75,25 @@ class Draft:
         self.root._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
         self.mark()
 
+    def _begin_anew(self, standing: Rewritten, path: str, parameter: str) -> None:
+        """The graph that was there first, over the base's tensors as they are now."""
+        assert standing.facts is not None, "an attention call is rewritten by an AttentionDraft"
+        self.original, self.added = standing.original, []
+        self.facts = replace(standing.facts, exact=())
+        take_base(self.root, self.original, standing)
+        if self.root._parameters.get(parameter) is None:  # codes stand for it: only its shape is known
+            rows, columns = self.facts.shape
+            shape = (columns, rows) if self.facts.transposed else (rows, columns)
+            blank = torch.empty(shape, dtype=self.facts.dtype, device="meta")
+            self.root._parameters[parameter] = nn.Parameter(blank, requires_grad=False)
+        held = dict(self.original._parameters)
+        try:
+            self.original._parameters.update(self.root._parameters)
+            self.captured = capture(self.original, path, parameter, self.slots[0][0] if self.slots else None)
+        finally:
+            self.original._parameters.clear()
+            self.original._parameters.update(held)
+
     def mark(self) -> None:
         """Write the landmarks into the nodes' meta, where a later program finds them."""
         for node in self.captured.graph.nodes:
@@ -84,7 +110,7 @@ class Draft:
     @property
     def device(self) -> torch.device:
         """Where the original's tensors are."""
-        return next(self.original.parameters(), torch.empty(0)).device
+        return next((self.standing or self.original).parameters(), torch.empty(0)).device
 
     @property
     def graph(self) -> fx.Graph:
@@ -109,6 +135,8 @@ class Draft:
         self.graph.lint()
         facts = replace(self.facts, exact=(*self.facts.exact, *self.exact))
         self.made = Rewritten.build(self.root, self.graph, self.original, tuple(self.added), facts)
+        if self.standing is not None:
+            self.made.follow(self.standing)
         return self.made
 
     def install(self, model: nn.Module) -> Rewritten:

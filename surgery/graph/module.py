@@ -170,6 +170,13 @@ class Rewritten(fx.GraphModule):
         type(self).__call__ = nn.Module.__call__  # type: ignore[method-assign]
         return code
 
+    def follow(self, standing: Rewritten) -> None:
+        """Take over mode and hooks of the module that this one is put in place of."""
+        self.train(standing.training)
+        for name in HOOKS:
+            if getattr(standing, name, None):
+                setattr(self, name, getattr(standing, name))
+
     def settle(self) -> None:
         """Keep as a tensor what the graph computes from tensors alone, where a merge leaves the graph in place."""
 
@@ -259,6 +266,14 @@ def duplicate(graph: fx.Graph) -> fx.Graph:
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph, {}))
     return copied
+
+
+def take_base(root: nn.Module, original: nn.Module, standing: Rewritten) -> None:
+    """Give a root the tensors and children of the base as they are now: by the original's names, from what stands."""
+    for store in ("_parameters", "_buffers", "_modules"):
+        held = standing.__dict__[store]
+        root.__dict__[store] = {name: held.get(name, value) for name, value in original.__dict__[store].items()}
+    root._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
 
 
 def standings(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

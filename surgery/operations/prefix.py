@@ -42,9 +42,13 @@ else:
 class Prefix(Operation):
     """Prefix tuning (Li & Liang 2021): K' = [P_K; K], V' = [P_V; V] in every layer, seen by every query.
 
-    Tokens stand at positions n, n + 1, ... as if n others came first. `gated` (LLaMA-Adapter, Zhang et al. 2023) leaves
-    the model's own attention alone: out + tanh(g) softmax(q P_K^T) P_V, one g per head, 0 at the start; positions stay.
-    Of `init text`, the token ids are the text's own, without special tokens; they are repeated or cut to fill n.
+    Tokens stand at positions n, n + 1, ... as if n others came first; biases by relative position go on in front of the
+    first token, padding not counted. Where attention has a window, a prefix is seen from behind it too; one that starts
+    from a text is seen as the text would be. `on cross` puts it in front of the encoder's states, where nothing moves.
+    `gated` (LLaMA-Adapter, Zhang et al. 2023) leaves the model's own attention alone: out + tanh(g) softmax(q P_K^T)
+    P_V, one g per head, 0 at the start; positions stay. Of `init text`, the token ids are the text's own, without
+    special tokens; they are repeated or cut to fill n.
+    A model that computes its attention itself takes a prefix through its cache, without a gate: the plan says so.
     """
 
     verb: ClassVar[str] = "prefix"

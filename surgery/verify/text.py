@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.anatomy.entries import INSIDE
 from surgery.compiler.plan import Step
 from surgery.compiler.record import parameters, record_of
 from surgery.graph.fingerprint import changed
@@ -19,7 +20,8 @@ from surgery.verify.whole import attention_steps, attention_switched
 
 
 def soft_equals_hard(subject: Subject) -> Iterator[Finding]:
-    """Same output as with the text's tokens in front of the inputs, in causal models and until something is trained."""
+    """Same output as with the text's tokens in front of the inputs, where the model is causal or the text is embedded
+    in front of an encoder's tokens, and until something is trained."""
     for step in subject.plan.steps:
         if "soft_equals_hard" not in step.operation.promises():
             continue
@@ -33,7 +35,13 @@ def soft_equals_hard(subject: Subject) -> Iterator[Finding]:
         found = subject.output()
         with attention_switched(subject.model):
             prompted = torch.cat((ids.to(inputs.device).expand(len(inputs), -1), inputs), dim=1)
-            wanted = _with_tokens(subject, prompted).output()[:, ids.numel() :]
+            wanted = _with_tokens(subject, prompted).output()
+        if _inside(step) and not _decodes(subject) and found.dim() < 3:
+            reason = "what the model gives is not one for each token"
+            yield Finding("soft_equals_hard", "model", statement=statement, skipped=reason)
+            continue
+        if wanted.shape[1] == found.shape[1] + ids.numel():  # else they are a decoder's
+            wanted = wanted[:, ids.numel() :]
         error, bound = relative_error(found, wanted), merge_bound(_dtype(subject), len(step.parts), 1.0)
         if error > bound and _trained(subject.model):
             reason = "what was attached has been trained, or comes from a file"
@@ -45,15 +53,29 @@ def soft_equals_hard(subject: Subject) -> Iterator[Finding]:
 def _why_not(subject: Subject, step: Step) -> str:
     if subject.tokenizer is None:
         return "no tokenizer to read the text (pass tokenizer=...)"
-    if not subject.runs or not any(stack.name.startswith("decoder") for stack in subject.plan.anatomy.stacks):
-        return "the model is not causal, or there are no inputs to run it on"
-    if getattr(getattr(subject.model, "config", None), "is_encoder_decoder", False):
-        return "the model reads its prompt in an encoder"
+    if not subject.runs:
+        return "there are no inputs to run the model on"
     if len(attention_steps(subject)) > 1:
         return "other statements act on the same attention calls"
+    if _inside(step):
+        return ""
+    if not any(stack.name.startswith("decoder") for stack in subject.plan.anatomy.stacks):
+        return "the model is not causal"
+    if _decodes(subject):
+        return "the model reads what it is told in an encoder"
     attention = [part for part in subject.plan.anatomy.parts if part.kind == "attention" and part.role == "attn"]
     mine = [part for part in step.parts if part.kind == "attention"]
     return "" if len(mine) == len(attention) else "only some layers have the prefix"
+
+
+def _inside(step: Step) -> bool:
+    """Whether the statement's positions are among an encoder's tokens."""
+    return any(part.role == INSIDE for part in step.parts)
+
+
+def _decodes(subject: Subject) -> bool:
+    """Whether a decoder attends to an encoder's output."""
+    return bool(getattr(getattr(subject.model, "config", None), "is_encoder_decoder", False))
 
 
 def _ids(subject: Subject, step: Step) -> Tensor:
@@ -77,7 +99,7 @@ def _with_tokens(subject: Subject, tokens: Tensor) -> Subject:
     """The subject on other tokens."""
     if not subject.kwargs:
         return replace(subject, args=(tokens, *subject.args[1:]))
-    kept = {name: value for name, value in subject.kwargs.items() if name != "attention_mask"}
+    kept = {name: value for name, value in subject.kwargs.items() if name not in ("attention_mask", "token_type_ids")}
     return replace(subject, kwargs={**kept, "input_ids": tokens})
 
 

@@ -16,10 +16,14 @@ from torch import Tensor
 from surgery.language.program import Program, Statement
 from surgery.language.selector import Difference, Intersection, Layers, Role, Selector, Union
 from surgery.operations.base import Operation, Ratio, Variant
+from surgery.operations.freeze import Freeze
+from surgery.operations.ia3 import Ia3
 from surgery.operations.lora import Lora
+from surgery.operations.optimize import NAMES, Optimize
 from surgery.operations.prefix import Prefix
 from surgery.operations.prune import Prune
 from surgery.operations.quantize import Quantize
+from surgery.operations.train import Train
 from tests import zoo
 from tests.reference_decoder import ReferenceDecoder, Shape, reference_decoder
 
@@ -129,6 +133,27 @@ def _prefix(count: int, via: Variant | None, gated: bool) -> Prefix:
     return Prefix(**fields)
 
 
+def optimizes() -> st.SearchStrategy[Optimize]:
+    """Any optimizer, with a learning rate that changes what it steps."""
+    paged = st.builds(Optimize, name=st.sampled_from(NAMES[:-2]), lr=st.just(0.01), paged=st.booleans())
+    return paged | st.builds(Optimize, name=st.sampled_from(NAMES[-2:]), lr=st.just(0.01))
+
+
+@st.composite
+def trainings(draw: st.DrawFn, model: Model, quantized: bool = False, add: bool = False) -> list[Statement]:
+    """A `train` statement, and a `freeze` that leaves something of it. quantized: nothing that is kept as codes."""
+    roles = ["norm", "embed", "head", *(["bias"] if model.shape.bias or add else [])]
+    roles += [] if quantized else ["attn", "ffn", "layers"]
+    role = draw(st.sampled_from(roles))
+    selector: Selector = Role(role)
+    if role not in ("embed", "head", "layers") and draw(st.booleans()):
+        selector = Intersection(selector, draw(layer_ranges(model.layers)))
+    made = [Statement(Train(add=add), selector)]
+    if role == "layers" and draw(st.booleans()):
+        made.append(Statement(Freeze(), draw(st.sampled_from([Role("attn"), Role("ffn"), Role("norm")]))))
+    return made
+
+
 @cache
 def _quantity_of(operation: type[Operation]) -> str:
     """Name of the field that a bare value fills."""
@@ -188,7 +213,8 @@ def _fitting(statement: Statement, model: Model) -> Statement:
 
 @st.composite
 def programs(draw: st.DrawFn, model: Model, exact: bool = False, merging: bool = False) -> Program:
-    """Up to five statements without a conflict: adapters on different roles, a pruning, a quantization, a prefix.
+    """Statements without a conflict: adapters on different roles, factors, a pruning, a quantization, a prefix, and
+    what of the base is trained, by which optimizer.
 
     exact: only what is an identity at the start. merging: only what promises to merge.
     """
@@ -201,8 +227,15 @@ def programs(draw: st.DrawFn, model: Model, exact: bool = False, merging: bool =
     free = all(getattr(statement.operation, "init", "") != "pissa" for statement in made)
     if free and draw(st.booleans()):
         made.append(draw(statements(model, prunes())))
-    if free and not merging and draw(st.booleans()):
+    quantized = free and not merging and draw(st.booleans())
+    if quantized:
         made.append(Statement(draw(quantizes()), Role("base")))
+    if draw(st.booleans()):
+        made.append(draw(statements(model, st.just(Ia3()))))
+    if free and draw(st.booleans()):
+        made += draw(trainings(model, quantized))
+    if draw(st.booleans()):
+        made.append(Statement(draw(optimizes()), Union(())))
     if not merging and not exact and draw(st.booleans()):
         made.append(Statement(draw(prefixes()), draw(st.just(Role("layers")) | layer_ranges(model.layers))))
     return Program(tuple(draw(st.permutations(made))), seed=draw(st.integers(0, 9)))

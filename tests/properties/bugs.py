@@ -29,9 +29,13 @@ import surgery.graph.module
 import surgery.graph.site
 import surgery.language.format
 import surgery.language.source
+import surgery.operations.freeze
+import surgery.operations.ia3
 import surgery.operations.lora
 import surgery.operations.prefix
 import surgery.operations.prune
+import surgery.training.optimizer
+import surgery.training.pages
 from surgery.graph.affine import RULES, Affine
 from surgery.language import parse
 from surgery.operations.base import Operation
@@ -43,11 +47,13 @@ from tests.strategies import Model
 Patch = pytest.MonkeyPatch
 # Their packages export functions of the same names.
 planning: Any = importlib.import_module("surgery.compiler.plan")
+applying: Any = importlib.import_module("surgery.compiler.apply")
 selecting: Any = importlib.import_module("surgery.anatomy.select")
 
 ODD = Shape(vocabulary=29, width=12, layers=3, heads=3, key_value_heads=1, ffn=21, bias=True)
 EVEN = dataclasses.replace(ODD, ffn=22)
 FUSED = dataclasses.replace(ODD, fused=True)
+BARE = dataclasses.replace(ODD, bias=False)
 TIED = dataclasses.replace(ODD, tied=True)
 CAUSAL = dataclasses.replace(ODD, attention="causal")
 
@@ -381,6 +387,96 @@ def _merge_of_half(patch: Patch) -> None:
     patch.setattr(Affine, "dense", lambda self: original(self).to(torch.bfloat16).to(self.dtype))
 
 
+def _factors_start_at_zero(patch: Patch) -> None:
+    patch.setattr(surgery.operations.ia3, "ones", lambda vector, generator: vector.zero_())
+
+
+def _factors_of_other_channels(patch: Patch) -> None:
+    def rescale(y: Any, factors: Tensor, channels: Tensor) -> Any:
+        start = torch.arange(len(channels))
+        return torch.index_copy(y, -1, start, torch.index_select(y, -1, start) * factors)
+
+    patch.setattr(surgery.graph.site, "rescale_channels", rescale)
+
+
+def _bias_not_scaled_in_merge(patch: Patch) -> None:
+    original = Affine.scaled
+
+    def scaled(self: Affine, factor: Any) -> Affine:
+        made = original(self, factor)
+        made.offset = self.offset
+        return made
+
+    patch.setattr(Affine, "scaled", scaled)
+
+
+def _inner_activation_merged_into_rows(patch: Patch) -> None:
+    """Factors of the input are lost where they meet the weight."""
+    original = Affine.then
+
+    def then(self: Affine, weight: Tensor, bias: Tensor | None = None) -> Affine:
+        self.diagonal = None
+        return original(self, weight, bias)
+
+    patch.setattr(Affine, "then", then)
+
+
+def _freeze_forgotten(patch: Patch) -> None:
+    patch.setattr(surgery.operations.freeze.Freeze, "freezes", False)
+
+
+def _whole_modules_trained(patch: Patch) -> None:
+    """The weight beside a bias, the bias beside a weight."""
+
+    def declare(plan: Any, model: nn.Module) -> None:
+        for step in plan.steps:
+            for part in step.parts:
+                if step.operation.trains(part):
+                    model.get_submodule(part.path).requires_grad_(True)
+
+    patch.setattr(applying, "declare", declare)
+
+
+def _trained_weight_without_its_mask(patch: Patch) -> None:
+    patch.setattr(surgery.graph.functions, "masked", lambda weight, bits: weight)
+    patch.setattr(surgery.operations.prune.functions, "masked", lambda weight, bits: weight)
+
+
+def _added_bias_forgotten_by_the_merge(patch: Patch) -> None:
+    patch.setattr(surgery.graph.fold, "_hold", functools.partial(_hold_weights, surgery.graph.fold._hold))
+
+
+def _hold_weights(original: Any, module: nn.Module, name: str, value: Tensor, site: Any) -> None:
+    if name == "weight":
+        original(module, name, value, site)
+
+
+def _overlaps_counted_twice(patch: Patch) -> None:
+    costing: Any = importlib.import_module("surgery.compiler.cost")
+    original = costing._count
+    seen: list[int] = []
+
+    def count(held: Any) -> int:
+        seen.append(original(held))
+        return sum(seen[:-1]) if len(seen) > 2 else seen[-1]
+
+    patch.setattr(costing, "_count", count)
+
+
+def _state_that_does_not_start_at_zero(patch: Patch) -> None:
+    original = surgery.training.pages.Pages.zeros
+    patch.setattr(surgery.training.pages.Pages, "zeros", lambda self, *args: original(self, *args).fill_(0.01))
+
+
+def _vectors_left_out(patch: Patch) -> None:
+    original = surgery.training.optimizer.groups
+    patch.setattr(
+        surgery.training.optimizer,
+        "groups",
+        lambda operation, tensors: original(operation, [tensor for tensor in tensors if tensor.dim() > 1]),
+    )
+
+
 LORA = "lora rank 2 alpha 5 on attn.q,v + ffn.down"
 BUGS: tuple[Bug, ...] = (
     Bug("alpha / rank inverted", "formula", _factor_inverted, LORA),
@@ -442,4 +538,30 @@ BUGS: tuple[Bug, ...] = (
     Bug("nodes do not say whose they are", "graphs", _statement_not_written, LORA),
     Bug("loaded through 16 bits", "round trip", _loaded_without_the_last_bit, LORA),
     Bug("a deep copy shares what is trained", "copies", _copies_share, LORA),
+    Bug("factors start at zero", "identity", _factors_start_at_zero, "ia3"),
+    Bug("factors of a fused projection on other channels", "factors", _factors_of_other_channels, "ia3", FUSED),
+    Bug("a merge does not scale the bias", "factors", _bias_not_scaled_in_merge, "ia3"),
+    Bug("a merge forgets the scaled input", "factors", _inner_activation_merged_into_rows, "ia3 on ffn.down"),
+    Bug("an added bias is not merged", "factors", _added_bias_forgotten_by_the_merge, "train bias add", BARE),
+    Bug("`freeze` freezes nothing", "trained", _freeze_forgotten, "train all layers; freeze ffn"),
+    Bug("`train bias` trains the weights as well", "trained", _whole_modules_trained, "train bias"),
+    Bug(
+        "a trained weight forgets its mask",
+        "trained",
+        _trained_weight_without_its_mask,
+        "train ffn; prune magnitude 50% on ffn",
+    ),
+    Bug(
+        "what two statements train is counted twice",
+        "plans count",
+        _overlaps_counted_twice,
+        "train ffn; train layers -1",
+    ),
+    Bug(
+        "paged state does not start at zero",
+        "optimizer",
+        _state_that_does_not_start_at_zero,
+        "train ffn; optimize adamw paged lr 0.01",
+    ),
+    Bug("the optimizer leaves vectors out", "optimizer", _vectors_left_out, "train ffn; optimize adamw lr 0.01"),
 )

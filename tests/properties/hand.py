@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.language.program import Program, Statement
 from surgery.language.selector import Difference, Intersection, Layers, Role, Selector, Union
+from surgery.operations.freeze import Freeze
+from surgery.operations.ia3 import Ia3
 from surgery.operations.lora import Lora
+from surgery.operations.train import Train
 from tests.reference_decoder import ReferenceDecoder, Shape
 
 SUFFIX = {
@@ -92,3 +95,69 @@ def adapted(model: ReferenceDecoder, program: Program, tensors: dict[str, Tensor
             weight = weight * (magnitude / weight.norm(dim=1))[:, None]
         module.weight[rows] = weight
     return model
+
+
+@torch.no_grad()
+def rescaled(model: ReferenceDecoder, program: Program, tensors: dict[str, Tensor]) -> ReferenceDecoder:
+    """A plain decoder with IA3's factors in its weights and with the biases that `train bias add` gives it.
+
+    The way down has its columns scaled, every other map its rows and its bias.
+    """
+    own = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name in own:  # trained itself
+            own[name].copy_(tensor)
+    for statement in program.statements:
+        if isinstance(statement.operation, Ia3):
+            for spot in spots(statement.selector, model.shape):
+                path, rows, ending = place(spot, model.shape)
+                module = model.get_submodule(path)
+                if spot[1] == "ffn.down":
+                    module.weight *= tensors[f"{path}.ia3_input"]
+                    continue
+                factors = tensors[f"{path}.ia3_output{ending}"]
+                module.weight[rows] *= factors[:, None]
+                if module.bias is not None:
+                    module.bias[rows] *= factors
+    for name, tensor in tensors.items():
+        path, _, local = name.rpartition(".")
+        if local == "added_bias":  # behind the factors, as what comes last
+            module = model.get_submodule(path)
+            assert module.bias is None
+            module.bias = nn.Parameter(tensor.detach().clone())
+    return model
+
+
+ADDED = ("lora_A", "lora_B", "lora_magnitude", "lora_A_q", "lora_A_k", "lora_A_v", "lora_B_q", "lora_B_k", "lora_B_v",
+         "lora_magnitude_q", "lora_magnitude_k", "lora_magnitude_v")  # fmt: skip
+
+
+def trained(program: Program, model: ReferenceDecoder) -> set[str]:
+    """Names of the base's own tensors that a program trains; a tied head goes by the embedding's name."""
+    said: dict[type, set[str]] = {Train: set(), Freeze: set()}
+    for statement in program.statements:
+        if type(statement.operation) in said:
+            said[type(statement.operation)] |= tensors_of(statement.selector, model)
+    return said[Train] - said[Freeze]
+
+
+def tensors_of(selector: Selector, model: ReferenceDecoder) -> set[str]:
+    """Names of the tensors that a selector of `train` means: a role, perhaps in some layers."""
+    if isinstance(selector, Intersection):
+        assert isinstance(selector.scope, Layers)
+        inside = tuple(f"layers.{index}." for index in layers(selector.scope, model.shape.layers))
+        return {name for name in tensors_of(selector.whole, model) if name.startswith(inside)}
+    assert isinstance(selector, Role)
+    names = {name for name, _ in model.named_parameters()}
+    if selector.name == "head" and model.shape.tied:
+        return {"embed.weight"}
+    means = {
+        "bias": lambda name: name.endswith(".bias"),
+        "norm": lambda name: "norm" in name,
+        "embed": lambda name: name == "embed.weight",
+        "head": lambda name: name == "head.weight",
+        "attn": lambda name: ".attention." in name,
+        "ffn": lambda name: ".ffn." in name,
+        "layers": lambda name: name.startswith("layers."),
+    }
+    return {name for name in names if means[selector.name](name)}

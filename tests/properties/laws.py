@@ -25,12 +25,16 @@ import surgery
 from surgery.compiler.plan import Plan
 from surgery.graph.module import Rewritten, rewritten
 from surgery.language.program import Program, Statement
-from surgery.language.selector import Role
+from surgery.language.selector import Role, Union
 from surgery.operations.base import Ratio, Variant
+from surgery.operations.freeze import Freeze
+from surgery.operations.ia3 import Ia3
 from surgery.operations.lora import Lora
+from surgery.operations.optimize import Optimize
 from surgery.operations.prefix import Prefix
 from surgery.operations.prune import Prune
 from surgery.operations.quantize import Quantize
+from surgery.operations.train import Train
 from surgery.verify.bounds import merge_bound
 from tests import strategies, zoo
 from tests.properties import hand
@@ -90,7 +94,8 @@ def randomise(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     tensors = surgery.parameters(model)
     for name, parameter in tensors.items():
         draw = torch.randn(parameter.shape, generator=zoo.seeded(seed, name), dtype=torch.float64)
-        if "magnitude" in name:
+        if "magnitude" in name or "ia3" in name or name.endswith((".weight", ".bias")):
+            # Norms and factors are about what they start as, and so are the base's own tensors, whose zeros stay.
             parameter.mul_((1 + 0.2 * draw).to(parameter.dtype))
         else:
             parameter.copy_(draw * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0))
@@ -159,7 +164,15 @@ def defaults_are_the_papers(case: Case) -> None:
 
 def conflicts_are_refused(case: Case) -> None:
     """Two statements that cannot commute: an error that names both."""
-    for pair in ("quantize ffn fp4\nquantize base nf4", "lora rank 1 on attn.q\nlora rank 2 on attn.q,v"):
+    pairs = (
+        "quantize ffn fp4\nquantize base nf4",
+        "lora rank 1 on attn.q\nlora rank 2 on attn.q,v",
+        "ia3\nia3 on attn.q,v",
+        "quantize base nf4\ntrain all layers",
+        "optimize adamw lr 0.1\noptimize sgd lr 0.1",
+        "train ffn\nfreeze ffn",
+    )
+    for pair in pairs:
         program = surgery.parse(pair)
         with pytest.raises(surgery.SurgeryError) as refused:
             case.plan(program)
@@ -177,8 +190,10 @@ def plans_are_reproducible(case: Case) -> None:
 def plans_count_what_changes(case: Case) -> None:
     plan = case.plan()
     model = case.apply()
-    paths = {part.path for step in plan.steps for part in step.parts}
+    paths = {part.path for step in plan.steps for part in step.parts if step.operation.rewrites(part)}
     assert {path for path, _ in rewritten(model)} == paths
+    told = {id(tensor): tensor.numel() for tensor in model.parameters() if tensor.requires_grad}
+    assert sum(told.values()) == plan.cost.trainable
     assert sum(tensor.numel() for tensor in surgery.parameters(model).values()) == plan.cost.trainable
     for step in plan.steps:
         if not any(part.kind == "attention" for part in step.parts) and step.operation.granularity == "part":
@@ -227,8 +242,11 @@ def off_means_off(case: Case) -> None:
         off = case.run(model)
     assert not torch.equal(on, off)
     assert torch.equal(case.run(model), on)
-    base = [statement for statement in case.program.statements if isinstance(statement.operation, Prune | Quantize)]
+    base = [s for s in case.program.statements if isinstance(s.operation, Prune | Quantize | Train | Freeze)]
     alone = case.apply(Program(tuple(base), seed=case.program.seed)) if base else case.build()
+    with torch.no_grad():  # what is trained of the base stays as trained
+        for name, tensor in surgery.parameters(alone).items():
+            tensor.copy_(surgery.parameters(model)[name])
     assert torch.equal(case.run(alone), off)
 
 
@@ -266,6 +284,67 @@ def merged_weights_mean_their_formula(case: Case) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.allclose(found[name], tensor, rtol=0, atol=1e-12 * max(1.0, tensor.abs().max().item())), name
+
+
+def factors_mean_their_formula(case: Case) -> None:
+    """IA3 and added biases against a plain model whose weights were computed by hand, whole and merged."""
+    model = case.apply()
+    tensors = randomise(model)
+    wanted = case.run(hand.rescaled(case.build(), case.program, tensors))
+    bound = merge_bound(torch.float64, 7 * case.model.layers, 16.0)
+    for each in (model, surgery.merge(copy.deepcopy(model))):
+        error = (case.run(each) - wanted).abs().max() / wanted.abs().max()
+        assert error <= bound, f"off by {error:.1e}"
+    assert not torch.equal(case.run(case.build()), wanted)
+
+
+def exactly_what_is_said_is_trained(case: Case) -> None:
+    """Names by hand: what `train` selects less what `freeze` does; pruned weights keep their zeros when stepped."""
+    model = case.apply()
+    wanted = hand.trained(case.program, case.build())
+    found = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    assert {name for name in found if not name.endswith(hand.ADDED)} == wanted
+    zeros = {name: tensor == 0 for name, tensor in surgery.parameters(model).items() if name in wanted}
+    before = bits(model)
+    stepper = torch.optim.AdamW(surgery.parameters(model).values(), lr=0.01)
+    case_loss(model.train(), case).backward()
+    stepper.step()
+    pruned = any(isinstance(statement.operation, Prune) for statement in case.program.statements)
+    for name, tensor in surgery.parameters(model).items():
+        assert not torch.equal(tensor, before[name]), f"{name} does not move"
+        if pruned and name in wanted and tensor.dim() > 1 and name.rpartition(".")[0] != "embed":
+            assert (tensor[zeros[name]] == 0).all(), f"{name} has lost zeros"
+    found = surgery.verify(model, example_inputs=(case.model.tokens,)).of("frame")
+    assert found
+    assert all(finding.status == "holds" for finding in found)
+
+
+def optimizers_step_what_is_trained(case: Case) -> None:
+    """Every optimizer moves what the program trains and nothing else; paged gives the bits of unpaged."""
+    one, other = case.apply(), case.apply(_unpaged(case.program))
+    before = bits(one)
+    pushed: set[str] = set()
+    for model in (one, other):
+        optimizer = surgery.optimizer(model)
+        for _ in range(2):
+            case_loss(model, case).backward()
+            pushed |= {name for name, tensor in surgery.parameters(model).items() if tensor.grad.abs().max() > 1e-6}
+            optimizer.step()
+            optimizer.zero_grad()
+    assert same(bits(one), bits(other))
+    trained = set(surgery.parameters(one))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(one).items() if name not in trained)
+    still = {name for name in pushed if torch.equal(one.get_parameter(name), before[name])}
+    assert pushed
+    assert not still, f"{still} have gradients and do not move"
+
+
+def _unpaged(program: Program) -> Program:
+    plain = (
+        replace(s, operation=replace(s.operation, paged=False)) if isinstance(s.operation, Optimize) else s
+        for s in program.statements
+    )
+    return Program(tuple(plain), seed=program.seed)
 
 
 def gradients_are_those_of_the_written_graph(case: Case) -> None:
@@ -580,6 +659,31 @@ def _merging(model: Model) -> st.SearchStrategy[Program]:
     return strategies.programs(model, merging=True)
 
 
+def _rescaled(model: Model) -> st.SearchStrategy[Program]:
+    """IA3, or biases added to what has none, or both."""
+    factors = strategies.statements(model, st.just(Ia3()))
+    biases = st.just(Statement(Train(add=True), Role("bias")))
+    chosen = st.one_of(st.tuples(factors), st.tuples(biases), st.tuples(factors, biases))
+    return st.builds(Program, chosen, seed=st.integers(0, 9))
+
+
+@st.composite
+def _trained(draw: st.DrawFn, model: Model) -> Program:
+    """What of the base is trained, perhaps pruned, beside an adapter."""
+    made = draw(strategies.trainings(model))
+    if draw(st.booleans()):
+        made.append(draw(strategies.statements(model, strategies.loras(exact=True))))
+    if draw(st.booleans()):
+        made.append(draw(strategies.statements(model, strategies.prunes(ratios=False))))
+    return Program(tuple(draw(st.permutations(made))), seed=draw(st.integers(0, 9)))
+
+
+@st.composite
+def _optimized(draw: st.DrawFn, model: Model) -> Program:
+    made = [Statement(draw(strategies.optimizes()), Union(())), *draw(strategies.trainings(model))]
+    return Program(tuple(draw(st.permutations(made))))
+
+
 def _text(model: Model) -> st.SearchStrategy[Program]:
     return st.just(Program((Statement(Prefix(positions=3), Role("layers")),)))
 
@@ -647,6 +751,15 @@ LAWS: tuple[Law, ...] = (
         "a prefix from a text is that text",
         soft_equals_hard,
         cases(_text, positions="rotary") | cases(_text, positions="learned"),
+    ),
+    Law("factors", "ia3 and added biases are what they say", factors_mean_their_formula, cases(_rescaled), 2),
+    Law("trained", "exactly what is said is trained", exactly_what_is_said_is_trained, cases(_trained), 2),
+    Law(
+        "optimizer",
+        "steps what is trained, the same bits paged",
+        optimizers_step_what_is_trained,
+        cases(_optimized, ("float64", "float32")),
+        2,
     ),
     Law("copies", "a deep copy is equal and independent", copies_are_independent, _ANY, 2),
 )

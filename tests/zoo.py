@@ -60,6 +60,44 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
         "tie_word_embeddings": False,
     },
+    "mixtral": {  # grouped products want rows of 16 bytes
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "vocab_size": 61,
+        "tie_word_embeddings": False,
+    },
+    "qwen2_moe": {
+        "hidden_size": 16,
+        "intermediate_size": 20,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 33,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "vocab_size": 59,
+        "tie_word_embeddings": False,
+    },
+    "gpt_oss": {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "vocab_size": 57,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    },
     "gpt2": {
         "n_embd": 21,
         "n_inner": 38,
@@ -113,6 +151,9 @@ _CLASSES = {
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
     "gemma": ("GemmaConfig", "GemmaForCausalLM"),
     "phi3": ("Phi3Config", "Phi3ForCausalLM"),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM"),
+    "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM"),
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM"),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel"),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM"),
     "opt": ("OPTConfig", "OPTForCausalLM"),
@@ -120,7 +161,8 @@ _CLASSES = {
     "t5": ("T5Config", "T5ForConditionalGeneration"),
 }
 
-FAMILIES: tuple[str, ...] = tuple(_SHAPES)
+EXPERTS: tuple[str, ...] = ("mixtral", "qwen2_moe", "gpt_oss")
+FAMILIES: tuple[str, ...] = tuple(family for family in _SHAPES if family not in EXPERTS)
 CAUSAL: tuple[str, ...] = ("llama", "qwen2", "gemma", "phi3", "gpt2", "gpt_neox", "opt")
 FUSED: tuple[str, ...] = ("phi3", "gpt2", "gpt_neox")
 PLAIN: tuple[str, ...] = ("nano", "byhand")

@@ -71,7 +71,7 @@ class Chooser:
     def role(self, selector: Role) -> list[Part]:
         name = selector.name
         if name in ("linear", "base"):
-            found = [whole(part) for part in self.anatomy.parts if of_matrix(part) and not self.is_head(part)]
+            found = [whole(part) for part in self.anatomy.parts if of_matrix(part) and not self.is_apart(part)]
         elif name == "bias":
             found = [part for part in self.anatomy.parts if part.kind == "bias"]
             if "bias" not in self.kinds:
@@ -86,12 +86,13 @@ class Chooser:
             raise role_missing(self.anatomy, selector)
         return [part for part in found if part.kind in self.kinds]
 
-    def is_head(self, part: Part) -> bool:
-        return (part.path, part.parameter) in self.heads
+    def is_apart(self, part: Part) -> bool:
+        """Heads and routers decide; they are named by those who mean them."""
+        return (part.path, part.parameter) in self.apart
 
     @cached_property
-    def heads(self) -> set[tuple[str, str]]:
-        return {(part.path, part.parameter) for part in self.anatomy.parts if part.role == "head"}
+    def apart(self) -> set[tuple[str, str]]:
+        return {(part.path, part.parameter) for part in self.anatomy.parts if part.role in ("head", "router")}
 
     def glob(self, selector: Glob) -> list[Part]:
         pattern = compiled(selector.pattern)

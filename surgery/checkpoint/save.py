@@ -202,5 +202,8 @@ def _origin(model: nn.Module) -> str | None:
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:
-    implementation: Any = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return {"attn_implementation": implementation} if isinstance(implementation, str) else {}
+    config = getattr(model, "config", None)
+    said: dict[str, Any] = {"attn_implementation": getattr(config, "_attn_implementation", None)}
+    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+        said["experts_implementation"] = getattr(config, "_experts_implementation", None)
+    return {name: implementation for name, implementation in said.items() if isinstance(implementation, str)}

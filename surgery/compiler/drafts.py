@@ -46,8 +46,8 @@ class Place:
     """What a draft is made of.
 
     part: the first that a statement acts on there. hollow: shapes only, nothing computed.
-    pool: parameters that several places share, by statement and name. slots: every (parent, child name) where the module stands.
-    anew: begin with the base, and not with what an earlier program has put there.
+    pool: parameters that several places share, by statement and name. anew: begin with the base, and not with what an
+    earlier program has put there. slots: every (parent, child name) where the module stands.
     """
 
     model: nn.Module

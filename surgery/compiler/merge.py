@@ -19,6 +19,8 @@ from surgery.graph.affine import NotAffine
 from surgery.graph.edge import CHILD, Edge
 from surgery.graph.fold import fold
 from surgery.graph.module import Rewritten, added_parameters, rewritten, standings
+from surgery.graph.stack import CHILD as STACKS
+from surgery.graph.stack import Stacks, fold_into
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,6 +50,10 @@ def merge(model: Model, *, tell: Tell = lambda amount: None) -> Model:
     for site, plain in folded:
         for parent, name in slots[id(site)]:
             parent._modules[name] = plain
+    for module in list(model.modules()):
+        stacks = module._modules.get(STACKS)
+        if isinstance(stacks, Stacks) and (not only or stacks.branches() <= wanted):
+            fold_into(module)
     _untie(model)
     left = _what_is_left(record.plan, model)
     if left.steps:

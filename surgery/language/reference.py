@@ -98,7 +98,7 @@ def _term(option: Option) -> str:
     if option.place == "kind":
         return "|".join(option.choices)
     unit = f" {option.unit}" if option.unit else ""
-    free = [SHOWN[form] for form in option.forms if form != "variant" or not option.choices]
+    free = [SHOWN[form] for form in option.forms if form not in ("word", "variant") or not option.choices]
     written = "|".join([*(free if "variant" in option.forms or not option.choices else ()), *_choices(option)])
     return f"{written}{unit}" if option.place == "quantity" else f"{option.word} {written}{unit}"
 

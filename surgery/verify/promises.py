@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
-from surgery.verify import edges, places, sparsity, text, whole
+from surgery.verify import edges, places, sparsity, stacks, text, whole
 from surgery.verify.report import Finding
 from surgery.verify.subject import Subject
 
@@ -14,12 +14,22 @@ Check = Callable[[Subject], Iterator[Finding]]
 PROMISES: Mapping[str, tuple[Check, ...]] = MappingProxyType(
     {
         "complete": (whole.complete, edges.edges_called),
-        "identity_at_init": (places.identity_at_init, whole.attention_identity, edges.edge_identity),
-        "merges": (places.merges,),
+        "identity_at_init": (
+            places.identity_at_init,
+            whole.attention_identity,
+            edges.edge_identity,
+            stacks.stack_identity,
+        ),
+        "merges": (places.merges, stacks.stack_merges),
         "exact_sparsity": (sparsity.exact_sparsity,),
         "exact_codes": (places.exact_codes,),
         "soft_equals_hard": (text.soft_equals_hard,),
-        "off_means_off": (places.off_means_off, whole.attention_off_means_off, edges.edge_off_means_off),
+        "off_means_off": (
+            places.off_means_off,
+            whole.attention_off_means_off,
+            edges.edge_off_means_off,
+            stacks.stack_off_means_off,
+        ),
         "frame": (whole.frame,),
         "round_trip": (whole.round_trip,),
     }

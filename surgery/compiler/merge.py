@@ -52,7 +52,7 @@ def merge(model: Model, *, tell: Tell = lambda amount: None) -> Model:
             parent._modules[name] = plain
     for module in list(model.modules()):
         stacks = module._modules.get(STACKS)
-        if isinstance(stacks, Stacks) and (not only or stacks.branches() <= wanted):
+        if isinstance(stacks, Stacks):
             fold_into(module)
     _untie(model)
     left = _what_is_left(record.plan, model)

@@ -10,9 +10,10 @@ from surgery.checkpoint import huggingface
 from surgery.checkpoint import tensors as files
 from surgery.checkpoint.header import Header, read_header
 from surgery.checkpoint.inventory import Held, inventory, put
-from surgery.checkpoint.manifest import Entry, Manifest
+from surgery.checkpoint.manifest import NAME, Entry, Manifest
 from surgery.checkpoint.models import LoadedModel
 from surgery.checkpoint.models import load as load_base
+from surgery.checkpoint.models import load_meta as load_base_meta
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -46,9 +47,22 @@ def read(directory: Path, model: nn.Module | None = None, tell: files.Tell = fil
         loaded = LoadedModel(model, manifest.origin or "", directory=directory)
     plan = _replay(loaded.model, manifest)
     _fill(inventory(loaded.model), manifest, headers, tell)
-    remember(loaded.model, plan)
+    remember(loaded.model, plan, manifest.untrained)
     _switch_off(loaded.model, manifest.inactive)
     loaded.model.eval()
+    return loaded
+
+
+def load_either(spec: str, meta: bool = False) -> LoadedModel:
+    """The model that a MODEL means, or what `surgery.save` wrote to a directory. meta: shapes only."""
+    directory = Path(spec).expanduser()
+    if not (directory / NAME).exists():
+        return load_base_meta(spec) if meta else load_base(spec)
+    if not meta:
+        return read(directory)
+    manifest = Manifest.read(directory)
+    loaded = _base(directory, manifest, meta=True)
+    remember(loaded.model, _replay(loaded.model, manifest))
     return loaded
 
 
@@ -71,7 +85,7 @@ def _same_names(wanted: set[str], held: set[str], where: str) -> None:
             raise CheckpointError.of("S442", f"{where} {what} {len(names)} of the manifest's tensors: {some}")
 
 
-def _base(directory: Path, manifest: Manifest) -> LoadedModel:
+def _base(directory: Path, manifest: Manifest, meta: bool = False) -> LoadedModel:
     """The base without weights: transformers' own classes from config.json, others from their MODEL."""
     module, _, name = manifest.model_class.partition(":")
     if module.split(".")[0] == "transformers":
@@ -84,7 +98,7 @@ def _base(directory: Path, manifest: Manifest) -> LoadedModel:
             cls,
             settings,
             huggingface.dtype_of(settings.dtype),
-            meta=False,
+            meta=meta,
             where=directory,
             options=manifest.settings,
         )
@@ -95,7 +109,7 @@ def _base(directory: Path, manifest: Manifest) -> LoadedModel:
             f"`{directory}` does not say how to build {manifest.model_class}",
             help="surgery.load(path, model=...) with the untransformed base",
         )
-    return load_base(manifest.origin)
+    return load_base_meta(manifest.origin) if meta else load_base(manifest.origin)
 
 
 def _replay(model: nn.Module, manifest: Manifest) -> Plan:
@@ -123,11 +137,11 @@ def _switch_off(model: nn.Module, inactive: tuple[str, ...]) -> None:
         set_off(model, set(inactive))
 
 
-def remember(model: nn.Module, plan: Plan) -> None:
+def remember(model: nn.Module, plan: Plan, untrained: tuple[str, ...] = ()) -> None:
     """Record the plan with the tensors as they are now, so that later writes to the base are noticed."""
     from surgery.compiler.record import ATTRIBUTE, remembered
 
-    model.__dict__[ATTRIBUTE] = remembered(plan, model)
+    model.__dict__[ATTRIBUTE] = remembered(plan, model, untrained)
 
 
 def _fill(held: dict[str, Held], manifest: Manifest, headers: list[Header], tell: files.Tell) -> None:

@@ -35,6 +35,7 @@ class Manifest:
     origin: MODEL that the base came from, None where only its class is known.
     settings: what config.json leaves out (attention implementation). ties: name -> name of the tensor it is.
     trainable: parameters that require gradients, or will once their adapter is on. inactive: adapters that were off.
+    untrained: those of the trainable ones that were still as they started, which a later program may start anew.
     extras: keys in the files that only other readers want.
     promises: as `Report.to_json` of the last `verify`.
     """
@@ -48,6 +49,7 @@ class Manifest:
     tensors: Mapping[str, Entry]
     ties: Mapping[str, str] = field(default_factory=dict)
     trainable: tuple[str, ...] = ()
+    untrained: tuple[str, ...] = ()
     inactive: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -87,6 +89,7 @@ class Manifest:
         try:
             data["tensors"] = {str(name): _entry(value) for name, value in data["tensors"].items()}
             data["trainable"], data["extras"] = tuple(data["trainable"]), tuple(data.get("extras", ()))
+            data["untrained"] = tuple(data.get("untrained", ()))
             data["inactive"] = tuple(map(str, data.get("inactive", ())))
             manifest = cls(**data)
             if not isinstance(manifest.program, str) or not isinstance(manifest.plan, dict):

@@ -28,17 +28,18 @@ from surgery.cli.sizes import directory_size
 def command(program: str, model: str, output: Path, settings: dict[str, str], force: bool) -> None:
     """Apply PROGRAM to MODEL and save the result in a new directory.
 
-    The directory appears whole or not at all. `surgery.load` gives the model back, `surgery verify` checks it.
+    MODEL may be the output of an earlier `surgery apply`: both programs count as one then. The directory appears whole
+    or not at all. `surgery.load` gives the model back, `surgery verify` checks it.
     """
     parsed = read_program(program, settings)
     from surgery.checkpoint.staging import check_target
 
     check_target(output, force)
-    from surgery.checkpoint import models
+    from surgery.checkpoint.load import load_either
     from surgery.checkpoint.save import bytes_of, save
 
     with progress(f"reading {model}"):
-        loaded = models.load(model)
+        loaded = load_either(model)
         from surgery.compiler import apply, plan
     tokenizer = tokenizer_for(parsed, loaded)
     with progress(f"studying {model}"):

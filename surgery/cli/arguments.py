@@ -72,8 +72,13 @@ def read_program(program: str, settings: Mapping[str, str]) -> Program:
 
 
 def tokenizer_for(program: Program, loaded: LoadedModel) -> Any | None:
-    """The model's tokenizer where the program has texts; reading it takes time that others need not spend."""
-    return loaded.tokenizer if any(statement.operation.needs_text for statement in program.statements) else None
+    """The model's tokenizer where programs have texts, this one or one that the model has been through.
+
+    Reading it takes time that others need not spend.
+    """
+    record = loaded.model.__dict__.get("_surgery")
+    statements = (*program.statements, *(() if record is None else record.plan.program.statements))
+    return loaded.tokenizer if any(statement.operation.needs_text for statement in statements) else None
 
 
 def _paths(start: str, wanted: Callable[[Path], bool]) -> list[CompletionItem]:

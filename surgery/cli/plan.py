@@ -20,11 +20,11 @@ def command(program: str, model: str, settings: dict[str, str], as_json: bool) -
 
     Reads shapes, not weights: a 70-billion-parameter config.json is enough.
     """
-    from surgery.checkpoint import models
+    from surgery.checkpoint.load import load_either
 
     parsed = read_program(program, settings)
     with progress(f"studying {model}"):
-        loaded = models.load_meta(model)
+        loaded = load_either(model, meta=True)
         from surgery.compiler import plan
 
         made = plan(parsed, loaded.model, example_inputs=loaded.example_inputs, tokenizer=tokenizer_for(parsed, loaded))

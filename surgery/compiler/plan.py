@@ -74,13 +74,12 @@ class Plan:
         return show(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that the text shows, the resolved parts, and what of the anatomy is needed to load the result."""
-        readers = [p for p in self.anatomy.parts if p.kind == "attention" or p.role == "position"]
+        """Everything that the text shows, the resolved parts, and the anatomy, on which a later program is planned."""
         return {
             "format": 1,
             "model": self.anatomy.model,
             "stacks": [[stack.name, stack.path, stack.depth] for stack in self.anatomy.stacks],
-            "positions": [part.to_json() for part in readers],
+            "anatomy": [part.to_json() for part in self.anatomy.parts],
             "program": str(self.program),
             "seed": self.program.seed,
             "steps": [
@@ -98,7 +97,7 @@ class Plan:
         from surgery.language import parse
 
         stacks = tuple(Stack(*stack) for stack in data["stacks"])
-        anatomy = Anatomy(data["model"], stacks, tuple(map(Part.from_json, data["positions"])))
+        anatomy = Anatomy(data["model"], stacks, tuple(map(Part.from_json, data["anatomy"])))
         steps = tuple(
             Step(_read(step["statement"], step.get("sizes", {})), tuple(map(Part.from_json, step["parts"])))
             for step in data["steps"]

@@ -48,10 +48,16 @@ def unselected(plan: Plan, model: nn.Module) -> list[str]:
     return [name for name in names if name.rpartition(".")[0] not in selected and name not in moved]
 
 
-def remembered(plan: Plan, model: nn.Module) -> Record:
-    """The record of a model whose tensors are as a plan says already."""
+def untrained(record: Record, model: nn.Module) -> list[str]:
+    """Names of what is trained and still is as it started."""
+    prints = fingerprints(model, parameters(model))
+    return [name for name, print_ in prints.items() if record.start.get(name) == print_]
+
+
+def remembered(plan: Plan, model: nn.Module, untrained: Collection[str] = ()) -> Record:
+    """The record of a model whose tensors are as a plan says already. untrained: names that are as they started."""
     now = fingerprints(model)
-    moved = {*added_parameters(model), *trained(plan, model)}
+    moved = {*added_parameters(model), *trained(plan, model)} - set(untrained)
     frozen = {name: print_ for name, print_ in now.items() if name not in moved}
     return Record(plan, {name: now[name] for name in unselected(plan, model)}, frozen)
 

@@ -16,7 +16,8 @@ def show(plan: Mapping[str, Any]) -> str:
     head = [plan["model"], depth, f"{short(totals['parameters'])} parameters", size(totals["bytes_before"])]
     lines = ["Plan for " + ", ".join(filter(None, head)), ""]
     for step in plan["steps"]:
-        lines += [f"  {step['statement']}", *_step(step), ""]
+        there = "  (already there)" if step.get("standing") else ""
+        lines += [f"  {step['statement']}{there}", *_step(step), ""]
     lines += [*_totals(totals), *(f"  Note       {note}" for note in plan.get("notes", ()))]
     lines += [f"  Warning    {warning}" for warning in plan["warnings"]]
     return "\n".join(lines)

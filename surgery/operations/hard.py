@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import PlanError
 from surgery.lazy import lazy, torch
-from surgery.operations.base import Count, Flag, flag, option
+from surgery.operations.base import Count, Flag, Start, flag, option
 from surgery.operations.front import Front
 
 if TYPE_CHECKING:
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from torch.fx import Node
+    from typing_extensions import Self
 
     from surgery.anatomy import entries
     from surgery.anatomy.parts import Anatomy, Part
     from surgery.graph import attention_text, soft_entry
     from surgery.graph.soft_entry import EntrySite
-    from typing_extensions import Self
 else:
     attention_text, entries = lazy("surgery.graph.attention_text"), lazy("surgery.anatomy.entries")
     soft_entry = lazy("surgery.graph.soft_entry")
@@ -53,6 +53,10 @@ class Hard(Front):
     @property
     def on_merge(self) -> str:
         return "stays"
+
+    @property
+    def starts_from(self) -> Start:
+        return "model" if self.cached else "chance"
 
     def words(self) -> str:
         """The text, where there is no chat."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from surgery.lazy import lazy, torch
-from surgery.operations.base import Count, Text, Variant, option, payload, quantity
+from surgery.operations.base import Count, Start, Text, Variant, option, payload, quantity
 from surgery.operations.front import Front
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ class Prompt(Front):
             yield "positions", "`prompt` does not say how many positions", "write `prompt 16`"
         if self.text is not None and not self.text:
             yield "init", "the text is empty", "leave `init` out"
+
+    @property
+    def starts_from(self) -> Start:
+        return "chance" if self.init is not None and self.init.word == "normal" else "model"
 
     def promises(self) -> tuple[str, ...]:
         return (*super().promises(), *(("soft_equals_hard",) if self.text is not None else ()))

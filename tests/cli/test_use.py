@@ -159,10 +159,32 @@ def test_existing_output_is_replaced_on_request_only(run: Run) -> None:
 def test_output_is_no_base(run: Run) -> None:
     Path("p").write_text("lora rank 2 on attn.q in layers 0")
     run("apply", "p", "demo", "-o", "out")
-    outcome = run("apply", "p", "out", "-o", "again")
+    outcome = run("anatomy", "out")
     assert outcome.status == 2
     assert "S404" in outcome.err
     assert "surgery merge out" in outcome.err
+
+
+def test_a_second_program_on_an_output_is_as_if_both_had_been_one(run: Run) -> None:
+    Path("p").write_text("lora rank 2 on attn.q in layers 0")
+    Path("q").write_text("quantize nf4 on attn.q in layers 0\nia3 on ffn.down in layers 1")
+    Path("both").write_text(Path("p").read_text() + "\n" + Path("q").read_text())
+    assert run("apply", "p", "demo", "-o", "out").status == 0
+    planned = run("plan", "q", "out")
+    assert planned.status == 0, planned.err
+    assert "already there" in planned.out
+    outcome = run("apply", "q", "out", "-o", "again")
+    assert outcome.status == 0, outcome.err
+    assert run("apply", "both", "demo", "-o", "one").status == 0
+    again, one = surgery.load("again").state_dict(), surgery.load("one").state_dict()
+    assert again.keys() == one.keys()
+    assert all(torch.equal(again[name], one[name]) for name in one)
+    assert run("verify", "again").status == 0
+    Path("late").write_text("prune magnitude 50% on attn.q in layers 0")
+    refused = run("apply", "late", "again", "-o", "never")
+    assert refused.status == 2
+    assert "S106" in refused.err
+    assert not Path("never").exists()
 
 
 def test_help_names_every_command_and_version(run: Run) -> None:

@@ -170,6 +170,7 @@ class Front:
         rows = rows.expand(batch, *rows.shape)
         if rows.is_floating_point():
             rows = rows.to(lookup_dtype(module))
+        self.reading.rows = None
         if not rows.is_floating_point():
             tokens: Tensor = rows
         elif EMBEDDINGS in self.names:

@@ -208,7 +208,7 @@ class Rows:
 def store(model: nn.Module, site: EntrySite) -> None:
     """Compute the keys and values of the prompts that are kept, and write them into the buffers of each attention call.
 
-    They are read with nothing in front but each other, so that nothing that is trained decides on them.
+    Each is read behind prefixes and those before it, and in front of every other prompt.
     """
     module = model.get_submodule(site.path)
     (front,) = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, soft.Front))

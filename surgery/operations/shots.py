@@ -26,8 +26,9 @@ class Shots(Hard):
     """The first n examples of a JSONL file in front of every input, each as the template writes it, one a line.
 
     Each line of the file is an object with `input` and `output`. Where the tokenizer has a chat template, the part of
-    the template in front of `{output}` is the user's turn and the rest the assistant's; elsewhere, or with `plain`, they
-    are text. Write what you ask the model the way the template begins. No weight changes; `cached` as with `instruct`.
+    the template in front of `{output}` is the user's turn and the rest the assistant's (the turns alone: what opens a
+    conversation is left to `instruct`); elsewhere, or with `plain`, they are text. Write what you ask the model the way
+    the template begins. No weight changes; `cached` as with `instruct`.
     """
 
     verb: ClassVar[str] = "shots"

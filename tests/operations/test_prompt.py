@@ -84,7 +84,7 @@ def test_an_encoder_reads_the_text_in_front_of_its_tokens(family: str, way: str)
 
 @torch.no_grad()
 def test_a_decoder_takes_a_prompt_when_asked() -> None:
-    """Promise: `in decoder` puts it in front of the decoder's tokens, which attend to the encoder's as the others do."""
+    """Promise: `in decoder` puts it in front of the decoder's tokens, where it reads the encoder too."""
     model, x = zoo.tiny("t5"), zoo.tokens(50, 2, 7)
     mask = torch.ones_like(x)
     mask[0, :3] = 0
@@ -419,7 +419,7 @@ def test_two_prompts_with_names() -> None:
 
 @pytest.mark.slow
 def test_on_a_real_decoder(smollm2: Any, smollm2_tokenizer: Any) -> None:
-    """Promise: on SmolLM2 all ways agree with the text by hand, in logits to 1e-5 and in padded greedy and beam search."""
+    """Promise: on SmolLM2 all ways agree with the text by hand, in logits to 1e-5 and in what they generate."""
     base, read = smollm2.float(), smollm2_tokenizer
     text = "Translate the following English sentence to French:"
     ids = torch.tensor([read.encode(text, add_special_tokens=False)])

@@ -89,8 +89,9 @@ class EdgeDraft:
         module = model.get_submodule(part.path)
         self.dtype, self.device = _like(model, part.path)
         held = module._modules.get(CHILD)
-        self.standing = held if isinstance(held, Edge) else None
-        if isinstance(held, Edge) and not anew:
+        self.standing = held if isinstance(held, Edge) and not anew else None
+        if self.standing is not None:
+            held = self.standing
             self.original, self.added, self.graph = held.original, list(held.added), duplicate(held.full)
             for store in ("_parameters", "_buffers", "_modules"):
                 self.root.__dict__[store] = dict(held.__dict__[store])

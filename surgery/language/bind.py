@@ -336,6 +336,16 @@ class _Binder:
 
     def selector(self, clauses: Mapping[str, Clause]) -> Selector | None:
         whole = self.leading or self.selected()
+        if "on" in clauses and whole is None and self.operation.selecting:
+            self.faults.append(
+                Diagnostic(
+                    "S018",
+                    f"{self.act.verb.text} does not act `on` a place",
+                    clauses["on"].span,
+                    f"expected {self.selecting()}",
+                    f"write `{self.operation.selecting[0]} {short(clauses['on'].value.span.text)}`",
+                )
+            )
         if "on" in clauses:
             if whole is not None:
                 span = clauses["on"].span

@@ -77,8 +77,7 @@ def synopsis(operation: type[Operation]) -> str:
     options = sorted(schema(operation), key=lambda option: (by_place[option.place], not option.required))
     words = [_term(option) if option.required else f"[{_term(option)}]" for option in options]
     if operation.leads:
-        lead = "SELECTOR" if operation.default_selector is None else "[SELECTOR]"
-        return " ".join([operation.verb, lead, *words])
+        return " ".join([operation.verb, "[SELECTOR]", *words])
     if operation.selecting:
         return " ".join([operation.verb, *words])
     target = "" if not operation.acts_on else "on SELECTOR" if operation.default_selector is None else "[on SELECTOR]"

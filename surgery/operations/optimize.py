@@ -79,4 +79,4 @@ class Optimize(Operation):
 
         for choice in choices(self, next((tensor.device.type for tensor in model.parameters()), "cpu")):
             choice.allowed(self)
-            yield f"`{self}` is {choice.said}"
+            yield f"the optimizer is {choice.said}"

@@ -64,16 +64,16 @@ class Train(Operation):
     def warnings(self, parts: Sequence[Part], anatomy: Anatomy, model: Any) -> Iterable[str]:
         new = [part for part in parts if self.rewrites(part)]
         if self.add and not new:
-            yield f"`{self}` adds nothing: every linear map that it selects has a bias"
+            yield "`train ... add` adds nothing: every linear map that it selects has a bias"
         if new and hasattr(model, "config"):
-            yield f"once merged, the biases that `{self}` adds are tensors which transformers' own classes do not read"
+            yield "once merged, the biases that `train ... add` adds are tensors which transformers' own classes do not read"
         seen = {(part.path, part.parameter) for part in parts}
         for part in parts:
             for path in part.tied if self.trains(part) else ():
                 if (path, part.parameter) not in seen:
                     yield f"training {part.path} trains {path} too: they share one {part.parameter}"
         if any(_is_narrow(model, part) for part in parts if self.trains(part)):
-            yield f"`{self}` trains 16-bit tensors as they are: steps below their precision round away"
+            yield "`train` trains 16-bit tensors as they are: steps below their precision round away"
 
     def rewrite(self, site: Site) -> None:
         site.add_to_output(site.parameter("added_bias", (site.out_features,)))

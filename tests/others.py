@@ -60,6 +60,13 @@ _SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
                                                   "n_positions": 64}),
     "deepseek_v2": ("DeepseekV2", "ForCausalLM", _LATENT),
     "deepseek_v3": ("DeepseekV3", "ForCausalLM", _LATENT),
+    "diffllama": ("DiffLlama", "ForCausalLM", _LLAMA),
+    "llama4": ("Llama4", "ForCausalLM", {**_LLAMA, "intermediate_size_mlp": 35, "attention_chunk_size": 4,
+                                         "num_local_experts": 2}),
+    "jamba": ("Jamba", "ForCausalLM", {**{name: size for name, size in _LLAMA.items() if name != "head_dim"},
+                                       "intermediate_size": 36, "use_mamba_kernels": False, "attn_layer_period": 2,
+                                       "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4,
+                                       "pad_token_id": 0}),
     "bart": ("Bart", "ForConditionalGeneration", _BART),
     "marian": ("Marian", "MTModel", {**_BART, "pad_token_id": 0, "decoder_start_token_id": 0}),
     "mvp": ("Mvp", "ForConditionalGeneration", _BART),
@@ -85,7 +92,7 @@ def tiny(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **chan
     import transformers
 
     family, ending, fields = _SHAPES[name]
-    prefix = "Gemma3Text" if family == "Gemma3" else family
+    prefix = f"{family}Text" if family in ("Gemma3", "Llama4") else family
     config = getattr(transformers, f"{prefix}Config")(**{**fields, **changes})
     for field, value in list(vars(config).items()):
         if ("drop" in field or field.endswith("_pdrop")) and isinstance(value, float):

@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from surgery.errors import GraphError
+from surgery.graph.attention_count import calls
 from surgery.graph.attention_math import Core
 
 NAME = "surgery"
@@ -66,6 +67,13 @@ def core(module: nn.Module, path: str) -> Core:
     held = getattr(module, CHILD, None)
     if held is not None:
         return held.core  # type: ignore[no-any-return]
+    kind: Any = type(module)
+    if (several := calls(kind)) > 1:
+        raise GraphError.of(
+            "S343",
+            f"`{kind.__name__}` at {path} makes {several} attention calls, each with values of its own",
+            help="adapt this model with lora, or leave the place out with `except`",
+        )
     config: Any = module.config
     implementation = config._attn_implementation or "eager"
     names = _forward(module).__globals__

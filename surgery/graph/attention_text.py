@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.anatomy.parts import Anatomy
 from surgery.errors import GraphError
 from surgery.graph.attention import AttentionSite
 from surgery.graph.module import Rewritten, switched, without
@@ -39,6 +40,19 @@ def by_head(states: Tensor, heads: int) -> Tensor:
     return states.view(states.shape[0], heads, -1).transpose(0, 1)
 
 
+def unlike_a_prompt(model: nn.Module, anatomy: Anatomy) -> str:
+    """Why keys and values of a text are not all that a prompt with it is to this model; empty where they are."""
+    having = {(part.stack, part.layer) for part in anatomy.parts if part.kind == "attention" and part.role == "attn"}
+    for stack in anatomy.stacks:
+        layers = sum(name == stack.name for name, _ in having)
+        if 0 < layers < stack.depth:
+            return f"{stack.depth - layers} of {stack.depth} layers have no attention to see the text in"
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    chunk = getattr(config, "attention_chunk_size", None)
+    return f"attention sees chunks of {chunk} tokens, counted without the text" if chunk else ""
+
+
 def keys_and_values(
     model: nn.Module, ids: Sequence[int], sites: Sequence[AttentionSite], name: str
 ) -> list[tuple[Tensor, Tensor]]:
@@ -54,7 +68,7 @@ def keys_and_values(
     try:
         with torch.no_grad(), switched(model, {name}):
             model.eval()
-            _read(model, torch.tensor([list(ids)], device=device))
+            read_ids(model, torch.tensor([list(ids)], device=device))
     finally:
         for handle in handles:
             handle.remove()
@@ -66,7 +80,8 @@ def keys_and_values(
     return [seen[site.path] for site in sites]
 
 
-def _read(model: nn.Module, ids: Tensor) -> None:
+def read_ids(model: nn.Module, ids: Tensor) -> None:
+    """Run a model on token ids, without a cache."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_input_embeddings"):
         model(ids)

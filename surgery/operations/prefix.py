@@ -113,6 +113,9 @@ class Prefix(Operation):
         if not self.gated:
             lengths = {part.path: self.positions or 0 for part in parts if part.role != "cross"}
             yield from entry.check(model, anatomy.parts, lengths)
+        reason = attention_text.unlike_a_prompt(model, anatomy) if self.text is not None else ""
+        if reason:
+            yield f"the text as a prefix is not the text as a prompt: {reason}"
         own = [part.path for part in parts if attention_cache.through_cache(model.get_submodule(part.path))]
         if own:
             yield f"the model computes its attention itself: the prefix goes in through its cache ({_places(own)})"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from surgery.anatomy.entries import INSIDE
 from surgery.compiler.plan import Step
 from surgery.compiler.record import parameters, record_of
+from surgery.graph.attention_text import unlike_a_prompt
 from surgery.graph.fingerprint import changed
 from surgery.verify.bounds import coarsest, merge_bound, relative_error
 from surgery.verify.report import Finding
@@ -55,6 +56,9 @@ def _why_not(subject: Subject, step: Step) -> str:
         return "no tokenizer to read the text (pass tokenizer=...)"
     if not subject.runs:
         return "there are no inputs to run the model on"
+    unlike = unlike_a_prompt(subject.model, subject.plan.anatomy)
+    if unlike and any(part.kind == "attention" for part in step.parts):
+        return unlike
     if len(attention_steps(subject)) > 1:
         return "other statements act on the same attention calls"
     if _inside(step):

@@ -14,6 +14,8 @@ import surgery
 import surgery.graph.attention
 import surgery.graph.attention_cache
 import surgery.graph.attention_places
+from surgery.errors import SurgeryError
+from surgery.graph.attention_count import calls
 from surgery.graph.attention_places import places, prefixed_call_mask, table_of_distances
 from tests import others
 from tests.graph import test_attention_cache as by_cache
@@ -61,7 +63,7 @@ def test_a_window_hides_positions_one_by_one(given: torch.dtype | None) -> None:
     for windowed in (True, False):
         got = prefixed_call_mask(mask, Module(), query, key, {"sliding_window": 4}, 3, True, windowed)
         assert got is not None
-        seen = got if got.dtype == torch.bool else got == 0
+        seen = (got if got.dtype == torch.bool else got == 0).expand(1, 1, 3, 6)
         hidden = [[1, 1, 1], [0, 1, 1], [0, 0, 1]] if windowed else [[1, 1, 1]] * 3
         assert seen[0, 0, :, :3].int().tolist() == hidden
         assert torch.equal(seen[0, 0, :, 3:], torch.ones(3, 3, dtype=torch.bool).tril())
@@ -190,3 +192,51 @@ def test_planted_bugs_are_seen(bug: str, monkeypatch: pytest.MonkeyPatch) -> Non
     plant(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
         promise()
+
+
+def test_differential_attention_is_refused() -> None:
+    """Bad input: two calls with the same keys and other values, of which a prefix would be put in front twice."""
+    assert [calls(kind) for kind in (_Twice, _Either, _Returns)] == [2, 1, 1]
+    with pytest.raises(SurgeryError, match="S343"):
+        surgery.plan(surgery.parse("prefix 4"), others.tiny("diffllama"))
+
+
+class _Twice:
+    def forward(self, interface: Any) -> Any:
+        attend: Any = interface.get_interface("")
+        return attend(1), attend(2)
+
+
+class _Either:
+    def forward(self, interface: Any) -> Any:
+        attend = interface.get_interface("")
+        if interface.packed:
+            out = attend(1)
+        else:
+            interface.unpack()
+            out = [attend(each) for each in interface.pieces]
+        return out
+
+
+class _Returns:
+    def forward(self, interface: Any) -> Any:
+        attend = interface.get_interface("")
+        if interface.packed:
+            return attend(1)
+        return attend(2)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("jamba", "2 of 4 layers have no attention"), ("llama4", "chunks of 4")])
+def test_a_text_that_is_no_prompt_is_said_to_be_none(name: str, reason: str) -> None:
+    """State-space layers see nothing of a prefix, and chunks are counted without it: the plan says so."""
+    changes = {"num_hidden_layers": 4} if name == "jamba" else {}
+    model = others.tiny(name, **changes)
+    program = surgery.parse(f'prefix init text "{others.TEXT}"')
+    plan = surgery.plan(program, model, tokenizer=others.ids_of)
+    assert reason in str(plan)
+    assert reason not in str(surgery.plan(surgery.parse("prefix 5"), model, anatomy=plan.anatomy))
+    surgery.apply(plan, model, tokenizer=others.ids_of)
+    report = surgery.verify(model, tokenizer=others.ids_of)
+    assert report
+    assert all(reason in finding.skipped for finding in report.of("soft_equals_hard"))
+    assert "not checked" in str(report)

@@ -78,6 +78,7 @@ def attempt(double: Shadow, arguments: tuple[Any, ...], keywords: dict[str, Any]
     config: Any = getattr(double.module, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False
+    _group_experts(double.module)
     takes = inspect.signature(double.module.forward).parameters
     if hasattr(config, "to_dict") and "use_cache" in takes:
         keywords = {**keywords, "use_cache": False}
@@ -108,6 +109,14 @@ def attempt(double: Shadow, arguments: tuple[Any, ...], keywords: dict[str, Any]
         outputs=outputs,
         root=program.graph_module,
     )
+
+
+def _group_experts(double: nn.Module) -> None:
+    """Let transformers' experts multiply in groups, the one way that shows which weight meets which input."""
+    for module in double.modules():
+        config: Any = module.__dict__.get("config")
+        if getattr(config, "_experts_implementation_internal", None) not in (None, "grouped_mm"):
+            config._experts_implementation_internal = "grouped_mm"
 
 
 def inline(root: fx.GraphModule) -> None:

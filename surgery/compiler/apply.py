@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from surgery.compiler.again import restarting
+from surgery.anatomy.parts import Anatomy
 from surgery.compiler.drafts import Drafts, place_of
 from surgery.compiler.plan import Plan, Step
 from surgery.compiler.plan import plan as make_plan
@@ -33,6 +34,7 @@ class Context:
     model: nn.Module
     tokenizer: Any
     seed: int
+    anatomy: Anatomy
 
 
 def apply(
@@ -79,7 +81,7 @@ def perform(
     Of a model that was transformed before, the places that the plan changes are written again, as one program would.
     """
     refuse_routed(model)
-    context = Context(model, tokenizer, plan.program.seed)
+    context = Context(model, tokenizer, plan.program.seed, plan.anatomy)
     begun = starting(plan, model)
     places = {place_of(part) for step in begun for part in step.parts}
     before = {} if hollow else fingerprints(model, unselected(plan, model))

@@ -22,7 +22,8 @@ def exact_sparsity(subject: Subject) -> Iterator[Finding]:
     """Every place of every statement that promises it: counts are compared with what was asked, and must be equal.
 
     Such an operation has an `amount`, a share of the weights or a Ratio of neighbours that stay, and keeps a bit mask
-    `weight_mask` beside each weight. With `global_` the count is that of all its places together.
+    `weight_mask` beside each weight. With `global_` the count is that of all its places together, with `by_row` that of
+    each row.
     """
     for step in subject.plan.steps:
         if "exact_sparsity" not in step.operation.promises():
@@ -47,7 +48,9 @@ def _count(model: nn.Module, step: Step, part: Part) -> tuple[int, int, int, int
     weight, mask = _weight_and_mask(module, step, part)
     cut = int((~mask).sum())
     wrong = int((weight[~mask] != 0).sum())
-    if isinstance(operation.amount, float | int):
+    if getattr(operation, "by_row", False):
+        excess = int(((~mask).sum(1) - round(operation.amount * mask.shape[1])).abs().sum())
+    elif isinstance(operation.amount, float | int):
         excess = abs(cut - round(operation.amount * mask.numel()))
     else:
         groups = mask.reshape(len(mask), -1, operation.amount.whole).sum(-1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from surgery.compiler.conflicts import overlap
+from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,10 +18,25 @@ if TYPE_CHECKING:
 
 def warnings(steps: Sequence[Step], anatomy: Anatomy, model: nn.Module) -> tuple[str, ...]:
     """One sentence each, in the order of the steps."""
-    found = [*_dense_again(steps), *_untied(steps), *_without_experts(steps, anatomy)]
+    found = [*_dense_again(steps), *_untied(steps), *_without_experts(steps, anatomy), *_kept(steps)]
     for step in steps:
-        found += step.operation.warnings(step.parts, anatomy, model)
+        try:
+            found += step.operation.warnings(step.parts, anatomy, model)
+        except SurgeryError as error:
+            spans = (replace(each, span=each.span or step.statement.span) for each in error.diagnostics)
+            raise type(error)(*spans) from None
     return tuple(dict.fromkeys(found))
+
+
+def _kept(steps: Sequence[Step]) -> list[str]:
+    """Keys and values that are computed once do not see what is trained later."""
+    trained = [s for s in steps if s.operation.phase in ("attach", "train") and not hasattr(s.operation, "stored")]
+    return [
+        f"`{step.statement}` keeps keys and values as they are at the start: they do not follow what "
+        f"`{trained[0].statement}` learns; leave `cached` out to have them follow"
+        for step in steps
+        if getattr(step.operation, "stored", False) and trained
+    ]
 
 
 def _dense_again(steps: Sequence[Step]) -> list[str]:

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from surgery.compiler.again import restarting
 from surgery.anatomy.parts import Anatomy
+from surgery.compiler.again import restarting
 from surgery.compiler.drafts import Drafts, place_of
 from surgery.compiler.plan import Plan, Step
 from surgery.compiler.plan import plan as make_plan
-from surgery.compiler.record import ATTRIBUTE, Record, continued, parameters, record_of, unselected
+from surgery.compiler.record import ATTRIBUTE, Record, continued, record_of, trained_since, unselected
 from surgery.compiler.switch import refuse_routed, rest
 from surgery.compiler.training import declare
 from surgery.errors import PlanError
@@ -103,7 +103,8 @@ def perform(
         sites.append(mine)
     for draft in drafts:
         draft.finish()  # all that can fail has been done when the first of them is installed
-    record, trained = record_of(model), parameters(model)
+    record = record_of(model)
+    moved = {} if record is None else trained_since(record, model)
     adapters = [tensor for tensor in added_parameters(model).values() if tensor.requires_grad]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -122,7 +123,7 @@ def perform(
                 step.operation.finish(mine, context)
     done = replace(plan, steps=tuple(replace(step, standing=False) for step in plan.steps))
     start = {} if hollow else fingerprints(model)
-    ids = set(map(id, trained.values()))
+    ids = set(map(id, moved.values()))
     kept = [name for name, tensor in model.named_parameters() if id(tensor) in ids]
     model.__dict__[ATTRIBUTE] = continued(record, Record(done, before, start), kept)
     return model

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from surgery.compiler.plan import Plan
 from surgery.compiler.training import trained
 from surgery.graph.fingerprint import fingerprints
-from surgery.graph.module import added_parameters
+from surgery.graph.module import added_parameters, rewritten
 
 ATTRIBUTE = "_surgery"
 
@@ -29,7 +29,7 @@ class Record:
 
 
 def continued(record: Record | None, done: Record, kept: Collection[str]) -> Record:
-    """What is known after another program. kept: names of what the first trains, which may have been trained by now."""
+    """What is known after another program. kept: names of what has been trained since the first."""
     if record is None:
         return done
     untouched = {name: record.untouched.get(name, print_) for name, print_ in done.untouched.items()}
@@ -44,14 +44,31 @@ def unselected(plan: Plan, model: nn.Module) -> list[str]:
         part.path for step in plan.steps for part in step.parts if not part.apart and step.operation.rewrites(part)
     }
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-    moved = {*added_parameters(model), *trained(plan, model)}
+    moved = {*_added(model), *trained(plan, model)}
     return [name for name in names if name.rpartition(".")[0] not in selected and name not in moved]
+
+
+def _added(model: nn.Module) -> set[str]:
+    """Names of all tensors at places of programs that the base does not have."""
+    held = {(path, name) for path, module in rewritten(model) for name in (*module._parameters, *module._buffers)}
+    base = {
+        (path, name)
+        for path, module in rewritten(model)
+        for name in (*module.original._parameters, *module.original._buffers)
+    }
+    return {f"{path}.{name}" if path else name for path, name in held - base} | set(added_parameters(model))
 
 
 def untrained(record: Record, model: nn.Module) -> list[str]:
     """Names of what is trained and still is as it started."""
     prints = fingerprints(model, parameters(model))
     return [name for name, print_ in prints.items() if record.start.get(name) == print_]
+
+
+def trained_since(record: Record, model: nn.Module) -> dict[str, Tensor]:
+    """What is trained and no longer as it started, as far as is known, by full name."""
+    same = set(untrained(record, model))
+    return {name: tensor for name, tensor in parameters(model).items() if name not in same}
 
 
 def remembered(plan: Plan, model: nn.Module, untrained: Collection[str] = ()) -> Record:

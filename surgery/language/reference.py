@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from surgery.errors import Diagnostic, ProgramError
 from surgery.language.data import grammar_file
+from surgery.language.pairs import table
 from surgery.language.source import Source, Span
 from surgery.language.suggest import did_you_mean, listed
 from surgery.language.values import number_text
@@ -15,6 +16,11 @@ from surgery.operations import lookup, verbs
 from surgery.operations.base import Operation
 from surgery.operations.options import Form, Option, Payload, SameAs, schema
 
+PAIRS = """## Pairs
+
+Which two statements may act on one place: `+` yes, `as` when one of them has a name (`as NAME`), `-` never. A pair that
+is refused is an error that names both. On different places every pair is legal.
+"""
 MARKER = "<!-- From here on generated: surgery reference --write grammar/README.md -->\n"
 SHOWN: Mapping[Form, str] = {
     "count": "N",
@@ -35,7 +41,8 @@ def reference(head: str | None, chosen: Iterable[str]) -> str:
     """The whole page; `head` None: the one in grammar/README.md."""
     if head is None:
         head = grammar_file("README.md").partition(MARKER)[0]
-    return head + MARKER + "\n## Verbs\n\n" + "\n\n".join(map(_section, sorted(chosen))) + "\n"
+    verbs = sorted(chosen)
+    return head + MARKER + "\n## Verbs\n\n" + "\n\n".join(map(_section, verbs)) + f"\n\n{PAIRS}\n{table(verbs)}\n"
 
 
 def _section(verb: str) -> str:

@@ -1,0 +1,27 @@
+"""The main forms of every verb, each on the place that most of them share: for the table of pairs, and for tests.
+
+`examples.jsonl` stands for a file of examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+FORMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "adapter": ("adapter bottleneck 2 after ffn", "adapter bottleneck 2 beside ffn"),
+        "freeze": ("freeze norm",),
+        "ia3": ("ia3 on attn.v",),
+        "instruct": ('instruct "w5 w6"', 'instruct "w7 w8" cached'),
+        "lora": ("lora rank 2 on attn.v", "lora rank 2 dora on attn.v", "lora rank 2 init pissa on attn.v"),
+        "optimize": ("optimize adamw lr 0.01",),
+        "prefix": ("prefix 2", "prefix 2 gated", "prefix 2 via mlp 3", 'prefix 2 init text "w5 w6"'),
+        "prompt": ("prompt 2",),
+        "prune": ("prune magnitude 50% on attn.v",),
+        "ptuning": ("ptuning v1 2 via mlp 3", "ptuning v2 2"),
+        "quantize": ("quantize attn.v nf4",),
+        "shots": ('shots 1 from "examples.jsonl"',),
+        "train": ("train norm", "train attn.v", "train bias add"),
+    }
+)

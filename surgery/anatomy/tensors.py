@@ -62,7 +62,7 @@ def _biases(part: Part, new: bool) -> Iterator[Part]:
         return
     if part.bias is not None:
         yield replace(part, kind="bias", parameter=part.bias, bias=None, shape=part.shape[:1], transposed=False)
-    elif new and part.kind == "projection":
+    elif new and part.kind == "projection" and part.role != "router":  # whose module chooses as well
         yield replace(part.whole(), kind="bias", role=NEW, tied=())
 
 

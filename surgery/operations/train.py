@@ -34,7 +34,9 @@ class Train(Operation):
     leads: ClassVar[bool] = True
     granularity: ClassVar[Granularity] = "tensor"
 
-    add: Flag = flag("where a selected linear map has no bias, add one that starts at zero; a merge folds it in")
+    add: Flag = flag(
+        "where a selected linear map (no router) has no bias, add one that starts at zero; a merge folds it"
+    )
 
     def sees(self, anatomy: Anatomy, model: Any) -> Anatomy:
         from surgery.anatomy.tensors import tensors
@@ -66,7 +68,7 @@ class Train(Operation):
         if self.add and not new:
             yield "`train ... add` adds nothing: every linear map that it selects has a bias"
         if new and hasattr(model, "config"):
-            yield "once merged, the biases that `train ... add` adds are tensors which transformers' own classes do not read"
+            yield "transformers' own classes do not read the biases that `train ... add` adds, once merged"
         seen = {(part.path, part.parameter) for part in parts}
         for part in parts:
             for path in part.tied if self.trains(part) else ():

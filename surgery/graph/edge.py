@@ -80,6 +80,7 @@ class EdgeDraft:
     """An edge being rewritten: its graph and the tensors that it will hold.
 
     hollow: new tensors are shapes on the meta device. anew: leave out what hangs there already.
+    standing: what hangs there, whose tensors a second program keeps.
     """
 
     def __init__(self, model: nn.Module, part: Part, hollow: bool = False, anew: bool = False) -> None:
@@ -89,17 +90,13 @@ class EdgeDraft:
         module = model.get_submodule(part.path)
         self.dtype, self.device = _like(model, part.path)
         held = module._modules.get(CHILD)
-        self.standing = held if isinstance(held, Edge) and not anew else None
-        if self.standing is not None:
-            held = self.standing
+        self.standing = held if isinstance(held, Edge) else None
+        if isinstance(held, Edge) and not anew:
             self.original, self.added, self.graph = held.original, list(held.added), duplicate(held.full)
             for store in ("_parameters", "_buffers", "_modules"):
                 self.root.__dict__[store] = dict(held.__dict__[store])
         else:
-            self.original, self.added, self.graph = nn.Module().train(module.training), [], fx.Graph()
-            y = self.graph.placeholder("y")
-            self.graph.placeholder("x")
-            self.graph.output(y)
+            self.original, self.added, self.graph = nn.Module().train(module.training), [], untouched()
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the site by its name."""
@@ -198,6 +195,15 @@ class EdgeSite(Site):
                     end.prepend(node)
             last = joints[name]
         end.args = (last,)
+
+
+def untouched() -> fx.Graph:
+    """The graph of an edge that nothing hangs on: (y, x) -> y."""
+    graph = fx.Graph()
+    y = graph.placeholder("y")
+    graph.placeholder("x")
+    graph.output(y)
+    return graph
 
 
 def chain(following: dict[str, str | None]) -> list[str]:

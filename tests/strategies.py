@@ -15,13 +15,16 @@ from torch import Tensor
 
 from surgery.language.program import Program, Statement
 from surgery.language.selector import Difference, Intersection, Layers, Role, Selector, Union
+from surgery.operations.adapter import ACTIVATIONS, Adapter
 from surgery.operations.base import Operation, Ratio, Variant
 from surgery.operations.freeze import Freeze
 from surgery.operations.ia3 import Ia3
 from surgery.operations.lora import Lora
 from surgery.operations.optimize import NAMES, Optimize
 from surgery.operations.prefix import Prefix
+from surgery.operations.prompt import Prompt
 from surgery.operations.prune import Prune
+from surgery.operations.ptuning import Ptuning
 from surgery.operations.quantize import Quantize
 from surgery.operations.train import Train
 from tests import zoo
@@ -89,9 +92,11 @@ def numbers() -> st.SearchStrategy[float]:
     return st.sampled_from([1.0, 2.0, 3.5, 16.0])
 
 
-def loras(exact: bool = False) -> st.SearchStrategy[Lora]:
-    """`exact`: only those that promise identity to the bit at the start (pissa rounds)."""
-    inits = ["kaiming", "normal", "xavier", "orthogonal"] + ([] if exact else ["pissa"])
+def loras(exact: bool = False, coded: bool = False) -> st.SearchStrategy[Lora]:
+    """`exact`: only those that promise identity to the bit at the start (pissa rounds). coded: over 4-bit weights."""
+    inits: list[str | Variant] = ["kaiming", "normal", "xavier", "orthogonal"]
+    if not exact:
+        inits += ["pissa", Variant("loftq", 2)] if coded else ["pissa"]
     return st.builds(
         Lora,
         rank=st.integers(1, 3),
@@ -100,7 +105,7 @@ def loras(exact: bool = False) -> st.SearchStrategy[Lora]:
         init=st.sampled_from(inits),
         scale=st.sampled_from(["alpha", "rs"]),
         dora=st.booleans(),
-    ).filter(lambda lora: not (lora.dora and lora.init == "pissa"))
+    ).filter(lambda lora: not (lora.dora and lora.from_weight))
 
 
 def prunes(ratios: bool = True) -> st.SearchStrategy[Prune]:
@@ -131,6 +136,37 @@ def prefixes() -> st.SearchStrategy[Prefix]:
 def _prefix(count: int, via: Variant | None, gated: bool) -> Prefix:
     fields: dict[str, Any] = {_quantity_of(Prefix): count, "via": via, "gated": gated}
     return Prefix(**fields)
+
+
+def prompts() -> st.SearchStrategy[Prompt | Ptuning]:
+    """Rows in front, their own or made by a network; not from a text, which needs a tokenizer."""
+    starts = st.sampled_from([None, Variant("vocab"), Variant("normal")])
+    networks = st.sampled_from([None, Variant("mlp", 5), Variant("lstm", 3)])
+    trained = st.builds(lambda n, init: Prompt(positions=n, init=init), st.integers(1, 4), starts)
+    made = st.builds(lambda n, via: Ptuning(version="v1", positions=n, via=via), st.integers(1, 4), networks)
+    return trained | made
+
+
+@st.composite
+def bottlenecks(draw: st.DrawFn, model: Model) -> list[Statement]:
+    """An adapter after or beside some sub-layers of some layers, or two of them in a row."""
+    where = draw(st.sampled_from([Role("ffn"), Role("attn"), Union((Role("attn"), Role("ffn")))]))
+    scope = draw(st.none() | layer_ranges(model.layers))
+    chosen: Selector = where if scope is None else Intersection(where, scope)
+    names = ["left", "right"] if draw(st.booleans()) else [None]
+    made = []
+    for name in names:
+        operation = Adapter(
+            activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
+            bottleneck=draw(st.integers(1, 5)),
+            scale=draw(st.sampled_from([1.0, -2.0, 0.5, Variant("learned", 1.0), Variant("learned", 4.0)])),
+            dropout=draw(st.sampled_from([0.0, 0.5])),
+            norm=draw(st.booleans()),
+            then="right" if name == "left" else None,
+            **{draw(st.sampled_from(["after", "beside"])): where},
+        )
+        made.append(Statement(operation, chosen, name))
+    return made
 
 
 def optimizes() -> st.SearchStrategy[Optimize]:
@@ -212,22 +248,38 @@ def _fitting(statement: Statement, model: Model) -> Statement:
 
 
 @st.composite
+def tabled(draw: st.DrawFn, statement: Statement, model: Model) -> Statement:
+    """Perhaps with a rank, or an alpha, for each layer that the statement acts on."""
+    from tests.properties import hand
+
+    operation = statement.operation
+    layers = {layer for layer, _ in hand.spots(statement.selector, model.shape)}
+    which = draw(st.sampled_from(["neither", "neither", "rank", "alpha"]))
+    if which == "neither" or len(layers) < 2 or not isinstance(operation, Lora):
+        return statement
+    entry = st.integers(1, 3) if which == "rank" else numbers()
+    table = tuple(draw(st.lists(entry, min_size=len(layers), max_size=len(layers))))
+    return replace(statement, operation=replace(operation, **{which: table}))
+
+
+@st.composite
 def programs(draw: st.DrawFn, model: Model, exact: bool = False, merging: bool = False) -> Program:
-    """Statements without a conflict: adapters on different roles, factors, a pruning, a quantization, a prefix, and
-    what of the base is trained, by which optimizer.
+    """Statements without a conflict: adapters on different roles and on edges, factors, a pruning, a quantization, a
+    prefix, and what of the base is trained, by which optimizer.
 
     exact: only what is an identity at the start. merging: only what promises to merge.
     """
     split = draw(st.integers(1, len(model.roles) - 1))
     roles = draw(st.permutations(model.roles))
-    made = [draw(statements(model, loras(exact), tuple(roles[:split])))]
+    quantized = not merging and draw(st.booleans())
+    made = [draw(statements(model, loras(exact, quantized), tuple(roles[:split])))]
     if draw(st.booleans()):
-        made.append(draw(statements(model, loras(exact), tuple(roles[split:]))))
-    # pissa takes a part out of the weight, which is a conflict with whoever else changes it
-    free = all(getattr(statement.operation, "init", "") != "pissa" for statement in made)
+        made.append(draw(statements(model, loras(exact, quantized), tuple(roles[split:]))))
+    made = [draw(tabled(statement, model)) for statement in made]
+    # pissa and loftq take a part out of the weight, which is a conflict with masks
+    free = all(not getattr(statement.operation, "from_weight", False) for statement in made)
     if free and draw(st.booleans()):
         made.append(draw(statements(model, prunes())))
-    quantized = free and not merging and draw(st.booleans())
     if quantized:
         made.append(Statement(draw(quantizes()), Role("base")))
     if draw(st.booleans()):
@@ -236,6 +288,10 @@ def programs(draw: st.DrawFn, model: Model, exact: bool = False, merging: bool =
         made += draw(trainings(model, quantized))
     if draw(st.booleans()):
         made.append(Statement(draw(optimizes()), Union(())))
+    if not merging and draw(st.booleans()):
+        made += draw(bottlenecks(model))
     if not merging and not exact and draw(st.booleans()):
         made.append(Statement(draw(prefixes()), draw(st.just(Role("layers")) | layer_ranges(model.layers))))
+    if not merging and not exact and draw(st.booleans()):
+        made.append(Statement(draw(prompts()), Role("layers"), draw(st.sampled_from([None, "first"]))))
     return Program(tuple(draw(st.permutations(made))), seed=draw(st.integers(0, 9)))

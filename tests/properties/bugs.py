@@ -22,16 +22,22 @@ import surgery.checkpoint.load
 import surgery.graph.attention
 import surgery.graph.attention_text
 import surgery.graph.codes
+import surgery.graph.edge
 import surgery.graph.entry
 import surgery.graph.fold
 import surgery.graph.functions
 import surgery.graph.module
+import surgery.graph.recurrent
 import surgery.graph.site
+import surgery.graph.soft
+import surgery.graph.soft_entry
 import surgery.language.format
 import surgery.language.source
+import surgery.operations.adapter
 import surgery.operations.freeze
 import surgery.operations.ia3
 import surgery.operations.lora
+import surgery.operations.lora_init
 import surgery.operations.prefix
 import surgery.operations.prune
 import surgery.training.optimizer
@@ -387,6 +393,56 @@ def _merge_of_half(patch: Patch) -> None:
     patch.setattr(Affine, "dense", lambda self: original(self).to(torch.bfloat16).to(self.dtype))
 
 
+def _prompt_read_where_its_tokens_stand(patch: Patch) -> None:
+    """Positions are shifted by the prompt while it is read itself."""
+    original = surgery.graph.soft.Front._set
+
+    def shifted(self: Any, now: str | None, waiting: dict[str, int]) -> None:
+        original(self, now, waiting)
+        for amounts in self.amounts:
+            amounts.less = 0
+
+    patch.setattr(surgery.graph.soft.Front, "_set", shifted)
+
+
+def _prompts_in_another_order(patch: Patch) -> None:
+    patch.setattr(surgery.graph.soft, "order", lambda prompt: (-prompt[0], prompt[1]))
+
+
+def _text_one_short(patch: Patch) -> None:
+    original = surgery.graph.attention_text.token_ids
+    patch.setattr(surgery.graph.attention_text, "token_ids", lambda tokenizer, text: original(tokenizer, text)[:-1])
+
+
+def _kept_values_are_keys(patch: Patch) -> None:
+    original = surgery.graph.soft.States.forward
+
+    def forward(self: Any, key: Tensor, value: Tensor, *stored: Tensor) -> Any:
+        found = original(self, key, value, *stored)
+        return (found[0], found[0]) if stored and self.of not in self.reading.waiting else found
+
+    patch.setattr(surgery.graph.soft.States, "forward", forward)
+
+
+def _lstm_in_one_direction(patch: Patch) -> None:
+    original = surgery.graph.recurrent.lstm
+
+    def lstm(x: Tensor, hidden: int, *weights: Tensor) -> Tensor:
+        return torch.cat((original(x, hidden, *weights)[:, :hidden], x.new_zeros(len(x), hidden)), 1)
+
+    patch.setattr(surgery.graph.recurrent, "lstm", lstm)
+
+
+def _network_folds_to_its_input(patch: Patch) -> None:
+    original = surgery.graph.soft_entry.EntrySite.folds_to
+
+    def folds_to(self: Any, name: str, node: Any) -> Any:
+        original(self, name, node.args[0])
+        return node
+
+    patch.setattr(surgery.graph.soft_entry.EntrySite, "folds_to", folds_to)
+
+
 def _factors_start_at_zero(patch: Patch) -> None:
     patch.setattr(surgery.operations.ia3, "ones", lambda vector, generator: vector.zero_())
 
@@ -477,6 +533,78 @@ def _vectors_left_out(patch: Patch) -> None:
     )
 
 
+def _up_not_zero(patch: Patch) -> None:
+    original = surgery.graph.edge.EdgeSite.parameter
+
+    def parameter(self: Any, name: str, shape: tuple[int, ...], *rest: Any) -> Any:
+        filled = (surgery.operations.adapter.kaiming,) if name == "adapter_up_weight" else rest
+        return original(self, name, shape, *filled)
+
+    patch.setattr(surgery.graph.edge.EdgeSite, "parameter", parameter)
+
+
+def _beside_reads_the_output(patch: Patch) -> None:
+    patch.setattr(surgery.graph.edge.EdgeSite, "input", property(lambda self: self.output))
+
+
+def _row_backwards(patch: Patch) -> None:
+    original = surgery.graph.edge.chain
+    patch.setattr(surgery.graph.edge, "chain", lambda following: original(following)[::-1])
+
+
+def _adapter_unscaled(patch: Patch) -> None:
+    patch.setattr(surgery.operations.adapter.Adapter, "_scaled", lambda self, site, x: x)
+
+
+def _input_of_before(patch: Patch) -> None:
+    """What a sub-layer read the first time is kept for every time."""
+    patch.setattr(surgery.graph.edge.Tap, "take", lambda self: self.__dict__.setdefault("first", self.value))
+
+
+ROW = "adapter bottleneck 3 gelu beside ffn scale 2 then b as a; adapter bottleneck 2 norm after ffn as b"
+
+
+def _codes_not_made_again(patch: Patch) -> None:
+    """The adapter takes its part out of the weight, and the codes stay those of all of it."""
+    patch.setattr(surgery.graph.site.Site, "hold_rows", lambda self, rows: None)
+
+
+def _residual_of_the_weight(patch: Patch) -> None:
+    """LoftQ as if codes lost nothing: A and B from the weight, which the codes have as well."""
+    original = surgery.operations.lora_init.loftq
+
+    def loftq(site: Any, rank: int, factor: float, turns: int) -> Any:
+        weight = surgery.operations.lora_init.wide(site)
+        original(site, rank, factor, turns)
+        return surgery.operations.lora_init.factors(*torch.linalg.svd(weight, full_matrices=False), rank, factor)
+
+    patch.setattr(surgery.operations.lora, "loftq", loftq)
+
+
+def _table_backwards(patch: Patch) -> None:
+    original = surgery.operations.lora.by_layer
+    patch.setattr(surgery.operations.lora, "by_layer", lambda table, *rest: original(table[::-1], *rest))
+
+
+def _budget_of_the_base_alone(patch: Patch) -> None:
+    """The share is taken of twice the parameters."""
+    original = surgery.operations.lora.within
+    patch.setattr(
+        surgery.operations.lora,
+        "within",
+        lambda budget, parts, parameters, dora: original(budget, parts, 2 * parameters, dora),
+    )
+
+
+def _budget_not_used(patch: Patch) -> None:
+    original = surgery.operations.lora.within
+    patch.setattr(
+        surgery.operations.lora,
+        "within",
+        lambda *given: {key: max(1, rank - 2) for key, rank in original(*given).items()},
+    )
+
+
 LORA = "lora rank 2 alpha 5 on attn.q,v + ffn.down"
 BUGS: tuple[Bug, ...] = (
     Bug("alpha / rank inverted", "formula", _factor_inverted, LORA),
@@ -490,11 +618,22 @@ BUGS: tuple[Bug, ...] = (
     Bug("the backward pass writes to a parameter", "gradients", _backward_in_place, LORA),
     Bug("DoRA divides by the base's norm", "formula", _dora_norm_of_the_base, "lora rank 2 dora on attn.o"),
     Bug("B does not start at zero", "identity", _b_not_zero, LORA),
+    Bug("W_up does not start at zero", "identity", _up_not_zero, "adapter bottleneck 2 after ffn"),
+    Bug("beside reads what is after", "bottlenecks", _beside_reads_the_output, "adapter bottleneck 2 beside ffn"),
+    Bug("a row of adapters backwards", "bottlenecks", _row_backwards, ROW),
+    Bug("an adapter without its scale", "bottlenecks", _adapter_unscaled, ROW),
+    Bug("the input of the run before", "bottlenecks", _input_of_before, ROW),
     Bug("the gate starts open", "identity", _gate_open, "prefix 2 gated on all layers"),
     Bug("prefix without its mask", "soft equals hard", _prefix_without_its_mask, "prefix 3 on all layers"),
     Bug("one position of the prefix hidden", "soft equals hard", _prefix_hidden, "prefix 3 on all layers"),
     Bug("the prefix unmasks later tokens", "causal", _prefix_unmasks_the_future, "prefix 3 on all layers"),
     Bug("prefix behind the keys", "soft equals hard", _prefix_behind, "prefix 3 on all layers", CAUSAL),
+    Bug("a prompt read where its tokens stand", "texts", _prompt_read_where_its_tokens_stand, "prefix 3 on all layers"),
+    Bug("prompts in another order", "texts", _prompts_in_another_order, "prefix 3 on all layers"),
+    Bug("a text one token short", "texts", _text_one_short, "prefix 3 on all layers"),
+    Bug("kept values are keys", "texts", _kept_values_are_keys, "prefix 3 on all layers"),
+    Bug("an LSTM in one direction", "made prompts", _lstm_in_one_direction, "prefix 3 on all layers"),
+    Bug("a network folds to its input", "made prompts", _network_folds_to_its_input, "prefix 3 on all layers"),
     Bug("positions not shifted", "soft equals hard", _positions_not_shifted, "prefix 3 on all layers"),
     Bug(
         "key-value heads repeated in the wrong order",
@@ -516,6 +655,21 @@ BUGS: tuple[Bug, ...] = (
         _quantized_before_pruned,
         "quantize base nf4; prune magnitude 50% on ffn",
     ),
+    Bug(
+        "codes of the whole weight",
+        "starts near",
+        _codes_not_made_again,
+        "quantize base nf4; lora rank 2 init pissa on ffn",
+    ),
+    Bug(
+        "what codes lose forgotten",
+        "starts near",
+        _residual_of_the_weight,
+        "quantize base nf4; lora rank 2 init loftq on ffn",
+    ),
+    Bug("a table read backwards", "formula", _table_backwards, "lora rank 1, 2, 3 alpha 4 on attn.q"),
+    Bug("a budget of too much", "budgets", _budget_of_the_base_alone, "lora budget 20% on attn.q"),
+    Bug("a budget left over", "budgets", _budget_not_used, "lora budget 20% on attn.q"),
     Bug("a tied weight split", "ties", _tied_weight_split, "lora rank 2 on embed", TIED),
     Bug("channels of a fused projection off by one", "formula", _channels_off_by_one, "lora rank 2 on attn.q,v", FUSED),
     Bug("channels of a fused projection ignored", "formula", _channels_ignored, "lora rank 2 on attn.v", FUSED),

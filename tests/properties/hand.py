@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from surgery.language.program import Program, Statement
 from surgery.language.selector import Difference, Intersection, Layers, Role, Selector, Union
+from surgery.operations.adapter import Adapter
+from surgery.operations.base import Variant
 from surgery.operations.freeze import Freeze
 from surgery.operations.ia3 import Ia3
 from surgery.operations.lora import Lora
@@ -76,8 +82,16 @@ def loras(program: Program, shape: Shape) -> Iterator[tuple[Statement, Lora, Spo
     """Every adapter of a program with its place."""
     for statement in program.statements:
         if isinstance(statement.operation, Lora):
-            for spot in sorted(spots(statement.selector, shape)):
-                yield statement, statement.operation, spot
+            chosen = sorted(spots(statement.selector, shape))
+            depth = sorted({layer for layer, _ in chosen})
+            for spot in chosen:
+                yield statement, _of(statement.operation, depth.index(spot[0])), spot
+
+
+def _of(lora: Lora, index: int) -> Lora:
+    """As it is in the layer of this number among those that it acts on."""
+    tables = {name: value[index] for name in ("rank", "alpha") if isinstance(value := getattr(lora, name), tuple)}
+    return replace(lora, **tables)
 
 
 @torch.no_grad()
@@ -95,6 +109,50 @@ def adapted(model: ReferenceDecoder, program: Program, tensors: dict[str, Tensor
             weight = weight * (magnitude / weight.norm(dim=1))[:, None]
         module.weight[rows] = weight
     return model
+
+
+class Narrow(nn.Module):
+    """A sub-layer and what is added to its output, in turn: each step gets the input and the output so far."""
+
+    def __init__(self, inner: nn.Module, steps: list[Callable[[Tensor, Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.inner, self.steps = inner, steps
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        y: Tensor = self.inner(x, *rest)
+        for step in self.steps:
+            y = y + step(x, y)
+        return y
+
+
+def narrowed(model: ReferenceDecoder, program: Program, tensors: dict[str, Tensor]) -> ReferenceDecoder:
+    """A decoder whose sub-layers have the program's adapters around them, written out: s (W_up f(W_down h + b) + c)."""
+    made = [each for each in program.statements if isinstance(each.operation, Adapter)]
+    made.sort(key=lambda each: each.operation.follower is None)  # the one that says what comes next is first
+    for layer, block in enumerate(model.layers):
+        for name, spot in (("attention", "attn.o"), ("ffn", "ffn.down")):
+            steps: list[Callable[[Tensor, Tensor], Tensor]] = []
+            for statement in made:
+                if (layer, spot) in spots(statement.selector, model.shape):
+                    named = f"{statement.name}_" if statement.name else ""
+                    start = f"layers.{layer}.{SUFFIX[spot]}.surgery_edge.{named}adapter_"
+                    own = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+                    steps.append(partial(_narrow, statement.operation, own))
+            setattr(block, name, Narrow(getattr(block, name), steps))
+    return model
+
+
+def _narrow(adapter: Any, w: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    h = y if adapter.beside is None else x
+    if adapter.norm:
+        centred = h - h.mean(-1, keepdim=True)
+        h = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w["norm_weight"] + w["norm_bias"]
+    h = h @ w["down_weight"].t() + w["down_bias"]
+    word = {"gelu_new": "gelu", "swish": "silu"}.get(adapter.activation, adapter.activation)
+    if word not in ("identity", "linear"):
+        h = F.gelu(h, approximate="tanh") if adapter.activation == "gelu_new" else getattr(F, word)(h)
+    scale = w["scale"] if isinstance(adapter.scale, Variant) else adapter.scale
+    return scale * (h @ w["up_weight"].t() + w["up_bias"])
 
 
 @torch.no_grad()
@@ -161,3 +219,18 @@ def tensors_of(selector: Selector, model: ReferenceDecoder) -> set[str]:
         "layers": lambda name: name.startswith("layers."),
     }
     return {name for name in names if means[selector.name](name)}
+
+
+def made_prompt(held: Mapping[str, Tensor]) -> Tensor:
+    """(n, width): what torch's own layers make of the tensors of p-tuning, by their names without `ptuning_`."""
+    rows = held["embedding"]
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ held[f"{name}_weight"].T + held[f"{name}_bias"]
+
+    if "third_weight" in held:
+        return linear("third", linear("second", linear("first", rows).relu()).relu())
+    hidden = held["lstm_weight_hh_l0"].shape[1]
+    network = nn.LSTM(rows.shape[1], hidden, 2, bidirectional=True, batch_first=True, dtype=rows.dtype)
+    network.load_state_dict({name[5:]: tensor for name, tensor in held.items() if name.startswith("lstm_")})
+    return linear("second", linear("first", network(rows[None])[0][0]).relu())

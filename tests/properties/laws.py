@@ -26,13 +26,17 @@ from surgery.compiler.plan import Plan
 from surgery.graph.module import Rewritten, rewritten
 from surgery.language.program import Program, Statement
 from surgery.language.selector import Role, Union
-from surgery.operations.base import Ratio, Variant
+from surgery.operations.adapter import Adapter
+from surgery.operations.base import Operation, Ratio, Variant
 from surgery.operations.freeze import Freeze
 from surgery.operations.ia3 import Ia3
+from surgery.operations.instruct import Instruct
 from surgery.operations.lora import Lora
 from surgery.operations.optimize import Optimize
 from surgery.operations.prefix import Prefix
+from surgery.operations.prompt import Prompt
 from surgery.operations.prune import Prune
+from surgery.operations.ptuning import Ptuning
 from surgery.operations.quantize import Quantize
 from surgery.operations.train import Train
 from surgery.verify.bounds import merge_bound
@@ -191,13 +195,15 @@ def plans_count_what_changes(case: Case) -> None:
     plan = case.plan()
     model = case.apply()
     paths = {part.path for step in plan.steps for part in step.parts if step.operation.rewrites(part)}
-    assert {path for path, _ in rewritten(model)} == paths
+    assert {path.removesuffix(".surgery_edge") for path, _ in rewritten(model)} == paths
     told = {id(tensor): tensor.numel() for tensor in model.parameters() if tensor.requires_grad}
     assert sum(told.values()) == plan.cost.trainable
     assert sum(tensor.numel() for tensor in surgery.parameters(model).values()) == plan.cost.trainable
     for step in plan.steps:
         if not any(part.kind == "attention" for part in step.parts) and step.operation.granularity == "part":
             wanted = hand.spots(step.statement.selector, case.model.shape)
+            if isinstance(step.operation, Adapter):
+                wanted = {(layer, role.partition(".")[0]) for layer, role in wanted}
             found = {(part.layer, part.role) for part in step.parts}
             assert found == wanted, "a selector finds other places than it says"
 
@@ -258,6 +264,18 @@ def adapters_mean_their_formula(case: Case) -> None:
     error = (case.run(model) - wanted).abs().max() / wanted.abs().max()
     depth = 7 * case.model.layers
     assert error <= merge_bound(torch.float64, depth, 16.0), f"off by {error:.1e}"
+
+
+def bottlenecks_mean_their_formula(case: Case) -> None:
+    """Adapters against sub-layers with the networks around them, written out; twice, for what is kept in between."""
+    model = case.apply()
+    written = hand.narrowed(case.build(), case.program, randomise(model))
+    for tokens in (case.model.tokens, case.model.tokens.flip(1)):
+        wanted = case.run(written, tokens)
+        error = (case.run(model, tokens) - wanted).abs().max() / wanted.abs().max()
+        bound = merge_bound(torch.float64, 7 * case.model.layers, 64.0)
+        assert error <= bound, f"off by {error:.1e}"
+    assert not torch.equal(case.run(case.build(), tokens), wanted)
 
 
 def merging_changes_nothing(case: Case) -> None:
@@ -486,7 +504,7 @@ def nothing_else_moves(case: Case) -> None:
     assert [name for name in model.state_dict() if name in before] == [name for name in keys if name in before]
     touched: set[str] = set()
     for step in case.plan().steps:
-        if isinstance(step.operation, Prune | Quantize) or getattr(step.operation, "init", "") == "pissa":
+        if isinstance(step.operation, Prune | Quantize) or getattr(step.operation, "from_weight", False):
             for part in step.parts:
                 name = f"{part.path}.weight"
                 touched.add(name)
@@ -596,6 +614,86 @@ def soft_equals_hard(case: Case) -> None:
     assert (plain - wanted).abs().max() > 1e-3 * wanted.abs().max(), "the text has no effect"
 
 
+def texts_are_read_first(case: Case) -> None:
+    """An instruction, kept or not, and a prompt that starts from a text are that text in front; both are one text."""
+    first, second = "w7 w3 w11", "w2 w9"
+    instruct = Instruct(text=first)
+    ways: list[tuple[str, tuple[Operation, ...]]] = [
+        (first, (instruct,)),
+        (first, (replace(instruct, cached=True),)),
+        (first, (Prompt(init=Variant("text", first)),)),
+        (f"{second} {first}", (instruct, Prompt(init=Variant("text", second)))),
+    ]
+    for text, operations in ways:
+        words = torch.tensor([int(word[1:]) for word in text.split()])
+        model = case.apply(Program(tuple(Statement(each, Role("layers")) for each in operations)))
+        prompted = torch.cat((words.expand(2, -1), case.model.tokens), dim=1)
+        wanted = case.run(case.build(), prompted)[:, len(words) :]
+        error = ((case.run(model) - wanted).abs().max() / wanted.abs().max()).item()
+        assert error <= 1e-10, f"{operations} off by {error:.1e}"
+
+
+def made_prompts_mean_their_formula(case: Case) -> None:
+    """P-tuning is the prompt that torch's own layers make of its tensors; a merge keeps just that, to the bit."""
+    for via in (Variant("mlp", 5), Variant("lstm", 3)):
+        made = case.apply(Program((Statement(Ptuning(version="v1", positions=4, via=via), Role("layers")),)))
+        randomise(made)
+        held = {path.rpartition("ptuning_")[2]: tensor for path, tensor in surgery.parameters(made).items()}
+        plain = case.apply(Program((Statement(Prompt(positions=4), Role("layers")),)))
+        with torch.no_grad():
+            (prompt,) = surgery.parameters(plain).values()
+            prompt.copy_(hand.made_prompt(held))
+        wanted, got = case.run(plain), case.run(made)
+        assert (got - wanted).abs().max() <= 1e-10 * wanted.abs().max()
+        surgery.merge(made)
+        assert torch.equal(case.run(made), got)
+        assert len(surgery.parameters(made)) == 1
+
+
+def starts_are_nearer_the_weight(case: Case) -> None:
+    """Codes and an adapter that starts from the weight lose less of it than codes alone."""
+    (quantize,) = (each for each in case.program.statements if isinstance(each.operation, Quantize))
+    base, coded = dict(case.build().named_parameters()), case.apply(Program((quantize,)))
+    alone = dict(surgery.merge(coded).named_parameters())
+    plan = case.plan()
+    merged = dict(surgery.merge(case.apply()).named_parameters())
+    for part in (part for step in plan.steps if isinstance(step.operation, Lora) for part in step.parts):
+        name = f"{part.path}.weight"
+        rows = torch.cat([torch.arange(*run) for run in part.channels or ((0, part.shape[0]),)])
+        lost, found = ((each[name] - base[name])[rows].norm() for each in (alone, merged))
+        assert found < lost, f"{found:.3e} of {name} is lost, and {lost:.3e} without an adapter"
+
+
+def budgets_are_kept_and_used(case: Case) -> None:
+    """No more than the share, by count; one more for every matrix would be too much; or even rank 1 is, and it says so."""
+    (statement,) = case.program.statements
+    budget: Any = statement.operation
+    total = sum(parameter.numel() for parameter in case.build().parameters())
+    shapes = {}
+    for spot in hand.spots(statement.selector, case.model.shape):
+        path, rows, _ = hand.place(spot, case.model.shape)
+        weight: Any = case.build().get_submodule(path).weight[rows]
+        shapes[spot] = tuple(weight.shape)
+
+    def spent(rank: int) -> float:
+        count = sum(min(rank, *shape) * sum(shape) for shape in shapes.values())
+        return count / (total + count)
+
+    try:
+        model = case.apply()
+    except surgery.SurgeryError as error:
+        assert error.diagnostics[0].code == "S118"
+        assert spent(1) > budget.budget
+        return
+    tensors = surgery.parameters(model)
+    trained = sum(tensor.numel() for tensor in tensors.values())
+    assert trained / (total + trained) <= budget.budget
+    equal = min(tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name)
+    most = max(tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name)
+    assert spent(most + 1) > budget.budget or most == max(min(shape) for shape in shapes.values())
+    assert most - equal <= 1 or equal == min(min(shape) for shape in shapes.values())
+
+
 def copies_are_independent(case: Case) -> None:
     model = case.apply()
     randomise(model)
@@ -646,9 +744,22 @@ def _any(model: Model) -> st.SearchStrategy[Program]:
     return strategies.programs(model)
 
 
+def _from_weights(model: Model) -> st.SearchStrategy[Program]:
+    """4-bit weights, and an adapter that starts from some of them."""
+    starts: st.SearchStrategy[Any] = st.sampled_from(["pissa", Variant("loftq", 1), Variant("loftq", 3)])
+    adapters = st.builds(Lora, rank=st.integers(1, 3), alpha=strategies.numbers(), init=starts)
+    quantize = st.builds(Statement, strategies.quantizes(), st.just(Role("base")))
+    return st.builds(lambda q, a: Program((q, a)), quantize, strategies.statements(model, adapters))
+
+
+def _budgets(model: Model) -> st.SearchStrategy[Program]:
+    budgets = st.builds(Lora, budget=st.sampled_from([0.03, 0.1, 0.25, 0.6, 0.9]))
+    return st.builds(lambda made: Program((made,)), strategies.statements(model, budgets))
+
+
 def _kept(model: Model) -> st.SearchStrategy[Program]:
-    """Without pissa, whose base is what its start leaves over."""
-    return _any(model).filter(lambda p: all(getattr(s.operation, "init", "") != "pissa" for s in p.statements))
+    """Without pissa and loftq, whose base is what their start leaves over."""
+    return _any(model).filter(lambda p: not any(getattr(s.operation, "from_weight", False) for s in p.statements))
 
 
 def _exact(model: Model) -> st.SearchStrategy[Program]:
@@ -657,6 +768,12 @@ def _exact(model: Model) -> st.SearchStrategy[Program]:
 
 def _merging(model: Model) -> st.SearchStrategy[Program]:
     return strategies.programs(model, merging=True)
+
+
+def _narrow(model: Model) -> st.SearchStrategy[Program]:
+    return st.builds(
+        lambda made, seed: Program(tuple(made), seed=seed), strategies.bottlenecks(model), st.integers(0, 9)
+    )
 
 
 def _rescaled(model: Model) -> st.SearchStrategy[Program]:
@@ -711,6 +828,7 @@ LAWS: tuple[Law, ...] = (
     Law("identity", "what is attached changes no bit at the start", identity_at_the_start, cases(_exact, _FLOATS), 2),
     Law("off", "switched off, the base comes back to the bit", off_means_off, cases(_kept, _FLOATS), 2),
     Law("formula", "adapters compute W x + s B A x", adapters_mean_their_formula, cases(_plain_loras)),
+    Law("bottlenecks", "adapters on edges are what they say", bottlenecks_mean_their_formula, cases(_narrow)),
     Law("merge", "merged equals unmerged within the bound", merging_changes_nothing, cases(_merging, _FLOATS), 2),
     Law("merged weights", "a merge gives W + s B A", merged_weights_mean_their_formula, cases(_plain_loras)),
     Law(
@@ -747,6 +865,16 @@ LAWS: tuple[Law, ...] = (
     Law("graphs", "lint clean, nodes say whose they are, exports agree", graphs_are_clean, cases(_any), 3),
     Law("causal", "no token sees a later one or another row", causal_and_independent, cases(_any), 2),
     Law(
+        "texts",
+        "instructions and prompts from a text are that text",
+        texts_are_read_first,
+        cases(_text, positions="rotary") | cases(_text, positions="learned"),
+        2,
+    ),
+    Law(
+        "made prompts", "networks make the prompts they should, and fold", made_prompts_mean_their_formula, cases(_text)
+    ),
+    Law(
         "soft equals hard",
         "a prefix from a text is that text",
         soft_equals_hard,
@@ -761,6 +889,14 @@ LAWS: tuple[Law, ...] = (
         cases(_optimized, ("float64", "float32")),
         2,
     ),
+    Law(
+        "starts near",
+        "codes with an adapter from the weight lose less than codes alone",
+        starts_are_nearer_the_weight,
+        cases(_from_weights),
+        2,
+    ),
+    Law("budgets", "ranks cost what a budget allows, and no less", budgets_are_kept_and_used, cases(_budgets)),
     Law("copies", "a deep copy is equal and independent", copies_are_independent, _ANY, 2),
 )
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from surgery.compiler import parameters as parameters
     from surgery.compiler import plan as plan
     from surgery.compiler import route as route
+    from surgery.compiler import unmerge as unmerge
     from surgery.errors import SurgeryError as SurgeryError
     from surgery.language import load_program as load_program
     from surgery.language import parse as parse
@@ -49,13 +50,14 @@ _HOMES = {
     "route": "surgery.compiler",
     "save": "surgery.checkpoint.save",
     "study": "surgery.anatomy",
+    "unmerge": "surgery.compiler",
     "verify": "surgery.verify",
 }
 
 __all__ = [
     "SurgeryError", "__version__", "activate", "active", "apply", "combine", "disabled", "export",
     "import_peft", "load", "load_program", "merge", "optimizer", "parameters", "parse", "plan", "route",
-    "save", "study", "verify",
+    "save", "study", "unmerge", "verify",
 ]  # fmt: skip
 
 

@@ -42,12 +42,15 @@ def save(
     tell: called with the number of bytes written since its last call.
     Errors: S420 dtypes safetensors lacks, S421 not transformed, S430 to S433 the directory.
     """
+    from surgery.compiler.unmerge import KEPT
+
     record = model.__dict__.get("_surgery")
     if record is None:
         raise CheckpointError.of(
             "S421",
             "this model was not transformed, or has been merged: there is nothing of ours to save",
-            help="save it as its library does, `model.save_pretrained(path)`",
+            help="save it as its library does, `model.save_pretrained(path)`"
+            + ("; or take the merge out again first, `surgery.unmerge(model)`" if KEPT in model.__dict__ else ""),
         )
     from surgery import __version__
     from surgery.compiler.switch import active, names, refuse_routed, resting

@@ -9,6 +9,7 @@ from surgery.compiler.plan import Plan, Step, plan
 from surgery.compiler.record import Record, parameters, record_of
 from surgery.compiler.route import route
 from surgery.compiler.switch import activate, active, disabled
+from surgery.compiler.unmerge import unmerge
 
 __all__ = [
     "Plan",
@@ -25,4 +26,5 @@ __all__ = [
     "plan",
     "record_of",
     "route",
+    "unmerge",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -12,12 +13,13 @@ from surgery.compiler.apply import Tell
 from surgery.compiler.cost import Cost
 from surgery.compiler.plan import Plan, Step
 from surgery.compiler.record import ATTRIBUTE, record_of, remembered
-from surgery.compiler.switch import refuse_routed
+from surgery.compiler.some import fold_some, refuse_dependent
+from surgery.compiler.switch import RESTED, check_names, names, refuse_routed, rest
 from surgery.compiler.training import declare, trained
+from surgery.compiler.unmerge import before, keep_changes
 from surgery.errors import GraphError
 from surgery.graph.affine import NotAffine
 from surgery.graph.edge import CHILD, Edge
-from surgery.graph.fold import fold
 from surgery.graph.module import Rewritten, added_parameters, rewritten, standings
 from surgery.graph.stack import CHILD as STACKS
 from surgery.graph.stack import Stacks, fold_into
@@ -25,44 +27,58 @@ from surgery.graph.stack import Stacks, fold_into
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def merge(model: Model, *, tell: Tell = lambda amount: None) -> Model:
+def merge(model: Model, *, only: Sequence[str] = (), keep: bool = False, tell: Tell = lambda amount: None) -> Model:
     """Fold what the program attached into the weights, in place; the same object comes back.
 
     Sums are taken in float32 (float64 for float64 models) and rounded once to the dtype that the weight had. 4-bit
     weights come back at that width. Places that no matrix can stand for keep their graph.
-    A tensor that was tied to another and changes is untied. Errors: GraphError S311 when
-    the model was not transformed, S312 when something is switched off.
+    A tensor that was tied to another and changes is untied.
+    only: names of the adapters to fold; the others stay attached, on or off as they are. keep: what is needed to take
+    the merge out again, to the bit, with `surgery.unmerge(model)`: the rows of the weights that it changes.
+    Errors: GraphError S310 for a name that the model does not have, S311 when the model was not transformed, S312 when
+    something is switched off, or stays and depends on what would be merged.
     """
     record = record_of(model)
     if record is None:
         raise GraphError.of("S311", "the model was not transformed, there is nothing to merge")
     refuse_routed(model)
-    _all_on(model)
+    check_names(model, only)
+    if not only:
+        _all_on(model)
+    wanted = frozenset(only or names(model))
+    sites = [(path, site) for path, site in rewritten(model) if not only or site.branches() & wanted]
+    for path, site in sites:
+        refuse_dependent(path, site, wanted)
+    kept = before(model) if keep else None
     base = trained(record.plan, model)
     slots = standings(model)
-    folded: list[tuple[Rewritten, nn.Module]] = []
-    for _, site in rewritten(model):
+    folded: dict[str, tuple[Rewritten, nn.Module]] = {}
+    for path, site in sites:
         try:
-            folded.append((site, fold(site)))
+            folded[path] = site, fold_some(path, site, wanted, record.plan, slots[id(site)])
         except NotAffine:
-            site.settle()  # the place keeps its graph, and its statements stay in the model's plan
+            if site.branches() <= wanted:
+                site.settle()  # the place keeps its graph, and its statements stay in the model's plan
         tell(1)
-    for site, plain in folded:
+    for site, plain in folded.values():
         for parent, name in slots[id(site)]:
             parent._modules[name] = plain
     for module in list(model.modules()):
         stacks = module._modules.get(STACKS)
-        if isinstance(stacks, Stacks):
+        if isinstance(stacks, Stacks) and (not only or stacks.branches() <= wanted):
             fold_into(module)
     _untie(model)
-    left = _what_is_left(record.plan, model)
+    left = _what_is_left(record.plan, model, wanted, set(folded))
     if left.steps:
         declare(left, model)
         model.__dict__[ATTRIBUTE] = remembered(left, model)
+        rest(model)
     else:
         for tensor in base.values():
             tensor.requires_grad_(False)
         del model.__dict__[ATTRIBUTE]
+        model.__dict__.pop(RESTED, None)
+    keep_changes(model, kept)
     return model
 
 
@@ -72,27 +88,40 @@ def _all_on(model: nn.Module) -> None:
         raise GraphError.of(
             "S312",
             f"`{'`, `'.join(off)}` {'is' if len(off) == 1 else 'are'} switched off, and a merge would lose what is off",
-            help="switch all on first: `surgery.activate(model)`",
+            help="switch all on first: `surgery.activate(model)`; or merge some: `surgery.merge(model, only=[...])`",
         )
 
 
-def _what_is_left(plan: Plan, model: nn.Module) -> Plan:
+def _what_is_left(plan: Plan, model: nn.Module, wanted: frozenset[str], folded: set[str]) -> Plan:
     """The plan whose result the merged model is: the steps and parts that still have a graph."""
-    graphs = {
-        id(part)
-        for step in plan.steps
-        for part in step.parts
-        if step.operation.rewrites(part) and _stands(model.get_submodule(part.path), part)
-    }
+
+    def stays(step: Step, part: Part) -> bool:
+        if not _stands(model.get_submodule(part.path), part):
+            return False
+        if part.path not in folded or part.apart:
+            return True
+        return step.operation.phase == "attach" and (step.statement.name or "default") not in wanted
+
     steps = []
+    graphs = any(step.operation.rewrites(part) and stays(step, part) for step in plan.steps for part in step.parts)
     for step in plan.steps if graphs else ():  # what else was said holds while there is something of ours in the model
-        parts = tuple(part for part in step.parts if id(part) in graphs or not step.operation.rewrites(part))
+        parts = tuple(part for part in step.parts if not step.operation.rewrites(part) or stays(step, part))
         if parts or not step.parts:
-            statement = replace(step.statement, operation=step.operation.folded())
+            settled = _settled(step, model, wanted)
+            statement = replace(step.statement, operation=step.operation.folded()) if settled else step.statement
             _reword(model, str(step.statement), str(statement))
             steps.append(Step(statement, parts))
     program = replace(plan.program, statements=tuple(step.statement for step in steps))
     return replace(plan, program=program, steps=tuple(steps), cost=_cost(plan, model, len(steps)), warnings=())
+
+
+def _settled(step: Step, model: nn.Module, wanted: frozenset[str]) -> bool:
+    """Whether every place of a statement has nothing but what was merged."""
+    statement = str(step.statement)
+    mine = [
+        site for _, site in rewritten(model) if any(node.meta.get("statement") == statement for node in site.full.nodes)
+    ]
+    return all(site.branches() <= wanted for site in mine)
 
 
 def _reword(model: nn.Module, before: str, after: str) -> None:
@@ -131,8 +160,9 @@ def _untie(model: nn.Module) -> None:
         return
     config.tie_word_embeddings = False  # type: ignore[union-attr]
     seen: set[int] = set()
+    ours = {id(tensor) for tensor in added_parameters(model).values()}
     for module in model.modules():  # transformers ties all or nothing: other tensors in two places would get lost
         for name, parameter in list(module._parameters.items()):
-            if parameter is not None and id(parameter) in seen:
+            if parameter is not None and id(parameter) in seen - ours:
                 module.register_parameter(name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
             seen.add(id(parameter))

@@ -177,6 +177,10 @@ class Rewritten(fx.GraphModule):
             if getattr(standing, name, None):
                 setattr(self, name, getattr(standing, name))
 
+    def rebuild(self) -> None:
+        """Run what the full graph says now."""
+        self.graph = lower(without(self.full, self.off))
+
     def settle(self) -> None:
         """Keep as a tensor what the graph computes from tensors alone, where a merge leaves the graph in place."""
 

@@ -97,8 +97,8 @@ def _nothing_left(step: Step, taker: Step) -> Diagnostic:
     return Diagnostic(
         "S115",
         f"`{step.statement}` trains nothing: `{taker.statement}` takes out all of it",
-        step.statement.span,
-        label=f"the other statement is at {taker.statement.span}",
+        _newer(step, taker).statement.span,
+        label=_other(step, taker),
         help="leave one of the two out, or narrow `freeze` with `in` or `except`",
     )
 
@@ -116,10 +116,19 @@ def _quantized(step: Step, parts: Sequence[Part], steps: Sequence[Step]) -> list
                 Diagnostic(
                     "S114",
                     f"`{step.statement}` trains what `{other.statement}` keeps in 4 bits: {both[0].path}",
-                    step.statement.span,
-                    label=f"{len(both)} such place{'s' * (len(both) > 1)}; the other statement is at "
-                    f"{other.statement.span}",
+                    _newer(step, other).statement.span,
+                    label=f"{len(both)} such place{'s' * (len(both) > 1)}; {_other(step, other)}",
                     help="leave the place out of one of them with `except`, or train `lora` on it",
                 )
             )
     return found
+
+
+def _newer(one: Step, other: Step) -> Step:
+    """Of two statements the one to point at: one of a program before has no text here."""
+    return other if one.standing else one
+
+
+def _other(one: Step, other: Step) -> str:
+    older = one if one.standing else other
+    return f"the other statement is {'of the program before' if older.standing else f'at {older.statement.span}'}"

@@ -149,7 +149,7 @@ class Roles:
             return Heads(q[1], self.distinct(call, k[1]), width, v[3])
         if len(q) == 3 and len(k) == 3 and operator_name(call.node) in ("bmm", "matmul", "baddbmm"):
             heads = q[0] // batch if q[0] % batch == 0 else 1
-            return Heads(heads, heads, q[2], v[2])
+            return Heads(heads, heads, q[2], v[-1])
         return None
 
     def distinct(self, call: Call, heads: int) -> int:

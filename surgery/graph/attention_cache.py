@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -28,7 +29,17 @@ def through_cache(module: nn.Module) -> bool:
     """Whether the module is transformers' own, and gives its keys and values to a cache before it uses them."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     ours = type(module).__module__.startswith("transformers.") and not through_interface(module)
-    return ours and code is not None and "update" in code.co_names and _cache_of(module) is not None
+    stores = ours and code is not None and "update" in code.co_names and _cache_of(module) is not None
+    return stores and _cuts_its_bias(module)
+
+
+def _cuts_its_bias(module: nn.Module) -> bool:
+    """Whether a bias for each pair of places, where there is one, is cut to the number of keys by the module itself."""
+    if "position_bias" not in inspect.signature(module.forward).parameters:
+        return True
+    return (
+        re.search(r"position_bias\s*(\[|\.size)", inspect.getsource(inspect.unwrap(type(module).forward))) is not None
+    )
 
 
 def _cache_of(module: nn.Module) -> str | None:

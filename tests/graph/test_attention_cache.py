@@ -23,8 +23,11 @@ def prompted(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((torch.tensor([others.IDS]).expand(len(x), -1), x), 1)
 
 
+OLDER = ("gpt_neox_japanese", "trocr", "rembert", "roformer")
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", others.BY_CACHE)
+@pytest.mark.parametrize("name", [*others.BY_CACHE, *OLDER])
 def test_text_as_prefix_is_text_as_prompt(name: str) -> None:
     """Promise: soft equals hard, mask, positions and linear biases included, with a cache and without."""
     base, model = others.pair(BY_TEXT, name)
@@ -132,6 +135,41 @@ def test_copies_merges_and_files(name: str, tmp_path: Path) -> None:
         assert torch.equal(again(**fed).logits, base(**fed).logits)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["falcon", "bloom", "gptj", "codegen", "mpt"])
+def test_every_dtype(name: str, dtype: torch.dtype) -> None:
+    """The prefix is kept in float32 over a 16-bit base; the outputs keep the base's dtype, and its sharpness."""
+    base, model = others.pair(BY_TEXT, name, dtype=dtype)
+    x = zoo.tokens(60, 2, 7)
+    wanted, got = base(input_ids=prompted(x)).logits[:, N:], model(input_ids=x).logits
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {parameter.dtype for parameter in surgery.parameters(model).values()} == {wide}
+    assert got.dtype == dtype
+    assert (got - wanted).abs().max() <= 16 * max(torch.finfo(dtype).eps, 1e-8) * wanted.abs().max()
+    with surgery.disabled(model):
+        for use_cache in (True, False):
+            assert torch.equal(
+                model(input_ids=x, use_cache=use_cache).logits, base(input_ids=x, use_cache=use_cache).logits
+            )
+
+
+@torch.no_grad()
+def test_beside_other_methods_and_on_codes() -> None:
+    """Statements meet in a model that is reached through its cache as in any other."""
+    program = "prefix 4 as a\nprefix 3 as b\nlora rank 2 on attn.q,v\nprune magnitude 50% on ffn\nquantize ffn nf4"
+    _, model = others.pair(program, "gptj")
+    _, base = others.pair("prune magnitude 50% on ffn\nquantize ffn nf4", "gptj")
+    x = zoo.tokens(60, 2, 7)
+    seen = {}
+    for wanted in ("a", "b", "a b"):
+        surgery.activate(model, *wanted.split())
+        seen[wanted] = model(input_ids=x).logits
+    assert not any(torch.equal(seen[one], seen[two]) for one, two in (("a", "b"), ("a", "a b"), ("b", "a b")))
+    with surgery.disabled(model):
+        assert torch.equal(model(input_ids=x).logits, base(input_ids=x).logits)
+
+
 def test_the_plan_says_which_way() -> None:
     plan = surgery.plan(surgery.parse("prefix 4"), others.tiny("gptj"), anatomy=others.anatomy("gptj"))
     assert "through its cache" in str(plan)
@@ -143,7 +181,20 @@ def test_a_gate_needs_the_call() -> None:
         surgery.plan(surgery.parse("prefix 4 gated"), others.tiny("bloom"), anatomy=others.anatomy("bloom"))
 
 
-@pytest.mark.parametrize("name", ["deberta_v2", "mpnet"])
+@torch.no_grad()
+def test_an_encoder_that_could_be_a_decoder() -> None:
+    """Megatron-BERT reads both ways, and updates a cache only as a decoder: it gets one for its prefix."""
+    base, model = others.pair("prefix 4", "megatron-bert")
+    x, mask = zoo.tokens(60, 2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 5:] = 0
+    on = model(input_ids=x, attention_mask=mask).logits
+    assert (on[0, :5] - model(input_ids=x[:1, :5]).logits[0]).abs().max() < 1e-5 * on.abs().max()
+    assert not torch.allclose(on, base(input_ids=x, attention_mask=mask).logits, atol=1e-3)
+    with surgery.disabled(model):
+        assert torch.equal(model(input_ids=x).logits, base(input_ids=x).logits)
+
+
+@pytest.mark.parametrize("name", ["deberta_v2", "mpnet", "cpmant"])
 def test_models_that_offer_neither_say_so(name: str) -> None:
     """Bad input: no interface, no cache, code that cannot be traced; nothing in the model is changed."""
     model = others.tiny(name)

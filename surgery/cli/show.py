@@ -42,6 +42,8 @@ def command(program: str, model: str, path: str, settings: dict[str, str]) -> No
             place if place.endswith(f".{EDGE}") else place.removesuffix(f".{CHILD}"): module
             for place, module in rewritten(perform(made, loaded.model, hollow=True))
         }
+    if path not in places and f"{path}.{EDGE}" in places:
+        path = f"{path}.{EDGE}"
     if path not in places:
         from surgery.language.suggest import did_you_mean
 
@@ -69,7 +71,10 @@ def source(graph: fx.Graph) -> str:
 def _before(place: Rewritten, path: str) -> str:
     from surgery.graph import attention_interface
     from surgery.graph.capture import capture
+    from surgery.graph.edge import Edge, untouched
 
+    if isinstance(place, Edge):
+        return source(untouched())
     try:
         return source(capture(place.original, path).graph)
     except GraphError:

@@ -119,7 +119,8 @@ def _clauses(selector: Selector, said: Selector | None = None) -> tuple[Selector
     """The whole, its scope and its cut. said: the whole, where options say it."""
     cut: Selector | None = None
     if isinstance(selector, Difference) and selector != said:
-        selector, cut = selector.whole, selector.cut
+        cut = selector.cut
+        selector = selector.whole
     if isinstance(selector, Intersection) and selector != said:
         return selector.whole, selector.scope, cut
     return selector, None, cut

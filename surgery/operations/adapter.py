@@ -104,7 +104,7 @@ class Adapter(Operation):
 
     @property
     def on_merge(self) -> str:
-        return "stays: it is not linear" if ACTIVATIONS[self.activation][0] else "stays"
+        return "stays, it is not linear" if ACTIVATIONS[self.activation][0] else "stays"
 
     def claims(self, name: str | None) -> tuple[str, ...]:
         # Adapters on one edge stand in a row. Each claims the place that it takes there, counted from the end.

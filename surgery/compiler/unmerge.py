@@ -201,7 +201,7 @@ def unmerge(model: Model) -> Model:
 def digest(tensor: Tensor) -> str:
     """Of all its bytes."""
     data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(memoryview(data), digest_size=16).hexdigest()
+    return hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
 
 
 def _refuse_changed(model: nn.Module, last: Merge) -> None:

@@ -50,6 +50,10 @@ class Front(Operation):
         """Of several, those of lower rank come first; what is kept comes before what may be trained."""
         return self.order - 10 * self.stored
 
+    @property
+    def shared_by_rows(self) -> str | None:
+        return "it comes in front of the tokens of every row"
+
     def rows(self, site: EntrySite) -> Node:
         """What comes in front: (n, width) as embeddings are, or (n,) token numbers."""
         raise NotImplementedError

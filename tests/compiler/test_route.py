@@ -250,6 +250,39 @@ def test_what_does_not_fit_is_said() -> None:
     assert torch.equal(zoo.logits(model, fed), before)
 
 
+@pytest.mark.parametrize(
+    "line", ["prompt 3 as front", "ptuning v1 3 via mlp 4 as front", "prefix 3 on all layers as front"]
+)
+def test_what_comes_in_front_is_in_every_row_or_in_none(line: str) -> None:
+    model = transformed(f"{line}\nlora rank 2 on attn as french", zoo.tiny("llama"))
+    fed = zoo.inputs(model)
+    surgery.activate(model, "french")
+    wanted = zoo.logits(model, fed)
+    surgery.activate(model)
+    with pytest.raises(GraphError) as caught, surgery.route(model, ["front", None]):
+        pass
+    assert caught.value.diagnostics[0].code == "S377"
+    with surgery.route(model, ["french", None]):
+        assert (zoo.logits(model, fed)[0] - wanted[0]).abs().max() <= 2e-6 * wanted.abs().max()
+
+
+def test_adapters_and_rescaled_rows() -> None:
+    """Adapters on edges, in a stack too, and ia3 on outputs and inputs are chosen like the others."""
+    model = transformed(
+        "adapter bottleneck 4 after ffn then second as first\nadapter bottleneck 3 after ffn as second\n"
+        "ia3 on attn.k,v + ffn.down as scaled\nadapter bottleneck 4 beside attn as parallel",
+        zoo.tiny("llama"),
+    )
+    rows = ("first", None, "second", ("first", "second"), "scaled", "parallel")
+    fed = zoo.inputs(model, batch=len(rows))
+    wanted = alone(model, fed, rows)
+    with surgery.route(model, rows):
+        found = zoo.logits(model, fed)
+    for index, row in enumerate(rows):
+        assert (found[index] - wanted[index]).abs().max() <= 2e-6 * wanted[index].abs().max(), row
+    assert torch.equal(found[1], wanted[1])
+
+
 def test_distances_cannot_be_chosen_by_row() -> None:
     model = zoo.tiny("t5")
     (path, *_) = (name for name, _ in model.named_modules() if name.endswith("relative_attention_bias"))

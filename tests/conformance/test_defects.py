@@ -378,3 +378,22 @@ def test_defect_14_a_merge_over_codes_scales_nothing_but_the_branch() -> None:
     merged = surgery.merge(model)
     assert all(torch.equal(merged.state_dict()[name], tensor) for name, tensor in biases.items())
     assert relative_error(zoo.logits(merged, fed), adapted) < merge_bound(torch.float32, 6, 1.0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_defect_05_merging_some_adapters_leaves_the_others(family: str) -> None:
+    """PEFT drops those that are not merged; here they stay, on or off as they were, and are merged later."""
+    model = trained(zoo.tiny(family), "lora rank 2 on attn as one\nlora rank 2 on attn.q,v + ffn as two")
+    fed = zoo.inputs(model)
+    both = zoo.logits(model, fed)
+    surgery.activate(model, "one")
+    alone = zoo.logits(model, fed)
+    surgery.activate(model)
+    surgery.merge(model, only=["one"])
+    assert surgery.active(model) == ("two",)
+    assert (zoo.logits(model, fed) - both).abs().max() <= 1e-5 * both.abs().max()
+    with surgery.disabled(model):
+        assert (zoo.logits(model, fed) - alone).abs().max() <= 1e-5 * alone.abs().max()
+    surgery.merge(model)
+    assert (zoo.logits(model, fed) - both).abs().max() <= 1e-5 * both.abs().max()
+    assert (both - alone).abs().max() > 1e-2 * both.abs().max()

@@ -683,6 +683,7 @@ def budgets_are_kept_and_used(case: Case) -> None:
         with pytest.raises(surgery.SurgeryError, match="S118"):
             case.plan()
         return
+    model = case.apply()
     tensors = surgery.parameters(model)
     trained = sum(tensor.numel() for tensor in tensors.values())
     assert trained / (total + trained) <= budget.budget

@@ -54,6 +54,7 @@ Patch = pytest.MonkeyPatch
 # Their packages export functions of the same names.
 planning: Any = importlib.import_module("surgery.compiler.plan")
 applying: Any = importlib.import_module("surgery.compiler.apply")
+drafting: Any = importlib.import_module("surgery.compiler.drafts")
 selecting: Any = importlib.import_module("surgery.anatomy.select")
 
 ODD = Shape(vocabulary=29, width=12, layers=3, heads=3, key_value_heads=1, ffn=21, bias=True)
@@ -507,6 +508,18 @@ def _hold_weights(original: Any, module: nn.Module, name: str, value: Tensor, si
         original(module, name, value, site)
 
 
+def _trained_values_drawn_again(patch: Patch) -> None:
+    patch.setattr(drafting, "ours", lambda standing: {})
+
+
+def _norms_from_before_the_mask(patch: Patch) -> None:
+    patch.setattr(applying, "restarting", lambda *_: ())
+
+
+def _too_late_not_noticed(patch: Patch) -> None:
+    patch.setattr(importlib.import_module("surgery.compiler.again"), "too_late", lambda *_: ())
+
+
 def _overlaps_counted_twice(patch: Patch) -> None:
     costing: Any = importlib.import_module("surgery.compiler.cost")
     original = costing._count
@@ -716,6 +729,24 @@ BUGS: tuple[Bug, ...] = (
         "optimizer",
         _state_that_does_not_start_at_zero,
         "train ffn; optimize adamw paged lr 0.01",
+    ),
+    Bug(
+        "a second program draws anew what was trained",
+        "again",
+        _trained_values_drawn_again,
+        "lora rank 2 on attn.q; lora rank 1 on attn.q as second",
+    ),
+    Bug(
+        "norms from before a second program's mask",
+        "again",
+        _norms_from_before_the_mask,
+        "lora rank 2 dora on attn.q; prune magnitude 50% on attn.q",
+    ),
+    Bug(
+        "what comes too late is not noticed",
+        "again",
+        _too_late_not_noticed,
+        "quantize base nf4; prune magnitude 50% on ffn",
     ),
     Bug("the optimizer leaves vectors out", "optimizer", _vectors_left_out, "train ffn; optimize adamw lr 0.01"),
 )

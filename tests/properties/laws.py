@@ -65,10 +65,10 @@ class Case:
             tokenizer=zoo.tokenizer(self.model.shape.vocabulary),
         )
 
-    def plan(self, program: Program | None = None) -> Plan:
+    def plan(self, program: Program | None = None, model: nn.Module | None = None) -> Plan:
         return surgery.plan(
             self.program if program is None else program,
-            self.build(),
+            self.build() if model is None else model,
             example_inputs=(self.model.tokens,),
             tokenizer=zoo.tokenizer(self.model.shape.vocabulary),
         )
@@ -704,6 +704,47 @@ def copies_are_independent(case: Case) -> None:
     assert torch.equal(case.run(model), wanted)
 
 
+def programs_compose(case: Case) -> None:
+    """Cut in two anywhere, one after the other, saved between or not: as one, or refused and nothing changed."""
+    wanted = case.apply()
+    statements, seed = case.program.statements, case.program.seed
+    for cut in range(1, len(statements)):
+        first, second = (Program(part, seed=seed) for part in (statements[:cut], statements[cut:]))
+        if all(each.operation.phase == "schedule" or each.operation.freezes for each in first.statements):
+            continue  # has nothing to do on its own
+        model = case.apply(first)
+        with tempfile.TemporaryDirectory() as directory:
+            surgery.save(model, Path(directory) / "out")
+            loaded = surgery.load(Path(directory) / "out", model=case.build())
+        before, logits = bits(model), case.run(model)
+        if _comes_too_late(case, second, model):
+            assert same(bits(model), before)
+            assert torch.equal(case.run(model), logits)
+            continue
+        for again in (case.apply(second, model), case.apply(second, loaded)):
+            assert same(bits(again), bits(wanted))
+            assert torch.equal(case.run(again), case.run(wanted))
+        trained = case.apply(first)
+        values = {name: tensor.clone() for name, tensor in randomise(trained).items()}
+        if not _comes_too_late(case, second, trained):
+            case.apply(second, trained)
+            now = dict(trained.named_parameters())
+            assert all(torch.equal(now[name], value) for name, value in values.items()), "trained values are lost"
+
+
+def _comes_too_late(case: Case, program: Program, model: nn.Module) -> bool:
+    try:
+        case.plan(program, model)
+    except surgery.SurgeryError as error:
+        refusal = error
+    else:
+        return False
+    assert {each.code for each in refusal.diagnostics} == {"S106"}, refusal
+    with pytest.raises(surgery.SurgeryError):
+        case.apply(program, model)
+    return True
+
+
 # Where they are tried
 
 
@@ -896,6 +937,7 @@ LAWS: tuple[Law, ...] = (
         2,
     ),
     Law("budgets", "ranks cost what a budget allows, and no less", budgets_are_kept_and_used, cases(_budgets)),
+    Law("again", "a second program is as if both had been one", programs_compose, cases(_any, _FLOATS), 3),
     Law("copies", "a deep copy is equal and independent", copies_are_independent, _ANY, 2),
 )
 

@@ -1,0 +1,175 @@
+"""Every verb alone and with every other: statements drawn by verb, and what must hold of any program, by its promises.
+
+A new verb needs a line in STATEMENTS; its promises say which checks it is put to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from torch import nn
+
+import surgery
+from surgery.errors import PlanError
+from surgery.language.program import Program, Statement
+from surgery.language.selector import Role, Union
+from surgery.operations.freeze import Freeze
+from surgery.operations.ia3 import Ia3
+from surgery.operations.instruct import Instruct
+from surgery.operations.shots import Shots
+from surgery.operations.train import Train
+from tests import strategies, zoo
+from tests.properties import laws
+from tests.properties.laws import Case, bits, randomise, same
+from tests.strategies import Model
+
+Drawn = st.SearchStrategy[Statement]
+LAYERS, EXAMPLES = Role("layers"), Path(__file__).parent / "examples.jsonl"
+REFUSALS = {"S103", "S106", "S114", "S115"}
+
+
+def _on_layers(operation: st.SearchStrategy[object]) -> Drawn:
+    return st.builds(Statement, operation, st.just(LAYERS))  # type: ignore[arg-type]
+
+
+def _trained(model: Model) -> Drawn:
+    roles = ["norm", "embed", "head", "attn", "ffn", *(["bias"] if model.shape.bias else [])]
+    plain = st.builds(Statement, st.just(Train()), st.sampled_from(roles).map(Role))
+    return plain | st.just(Statement(Train(add=True), Role("bias")))
+
+
+STATEMENTS: Mapping[str, Callable[[Model], Drawn]] = MappingProxyType(
+    {
+        "adapter": lambda model: strategies.bottlenecks(model).map(lambda made: made[0]),
+        "freeze": lambda model: st.builds(Statement, st.just(Freeze()), st.sampled_from(["norm", "attn"]).map(Role)),
+        "ia3": lambda model: strategies.statements(model, st.just(Ia3())),
+        "instruct": lambda model: _on_layers(
+            st.builds(Instruct, text=st.sampled_from(["w5", "w6 w7 w8"]), cached=st.booleans())
+        ),
+        "lora": lambda model: strategies.statements(model, strategies.loras()),
+        "optimize": lambda model: st.builds(Statement, strategies.optimizes(), st.just(Union(()))),
+        "prefix": lambda model: _on_layers(strategies.prefixes()),
+        "prompt": lambda model: _on_layers(strategies.prompts().filter(lambda made: made.verb == "prompt")),
+        "prune": lambda model: strategies.statements(model, strategies.prunes()),
+        "ptuning": lambda model: _on_layers(strategies.prompts().filter(lambda made: made.verb == "ptuning")),
+        "quantize": lambda model: st.builds(
+            Statement, strategies.quantizes(), st.sampled_from(["base", "ffn"]).map(Role)
+        ),
+        "shots": lambda model: _on_layers(st.builds(Shots, count=st.integers(1, 2), from_=st.just(EXAMPLES))),
+        "train": _trained,
+    }
+)
+
+
+@st.composite
+def programs(draw: st.DrawFn, model: Model, verbs: tuple[str, ...]) -> Program:
+    """A statement of each of these verbs; the second has a name half of the time."""
+    made = [draw(STATEMENTS[verb](model)) for verb in verbs]
+    if len(made) > 1 and made[1].operation.phase == "attach" and draw(st.booleans()):
+        made[1] = replace(made[1], name="second")
+    return Program(tuple(made), seed=draw(st.integers(0, 3)))
+
+
+def everything_promised_holds(case: Case) -> None:
+    """All checks that the program's promises put it to; a program that is refused changes nothing and names both."""
+    if not _is_accepted(case):
+        return
+    operations = [statement.operation for statement in case.program.statements]
+    attached = [each for each in operations if each.phase == "attach" or getattr(each, "add", False)]
+    promised = [set(each.promises()) for each in attached]
+    laws.order_means_nothing(case)
+    laws.saved_is_loaded(case)
+    two_programs_are_one(case)
+    trained = bool(surgery.parameters(case.apply()))
+    if trained:
+        laws.nothing_else_moves(case)
+    if trained and attached and all("off_means_off" in each for each in promised):
+        _off_means_off(case)
+    if attached and all("identity_at_init" in each for each in promised):
+        _starts_as_nothing(case)
+    if trained and attached and all("merges" in each.promises() for each in operations if each.phase != "schedule"):
+        laws.merging_changes_nothing(case)
+
+
+def two_programs_are_one(case: Case) -> None:
+    """One statement after the other, both ways round: the bits of both at once, or refused with the reason."""
+    wanted = case.apply()
+    for first, second in (case.program.statements, reversed(case.program.statements)) if _two(case) else ():
+        seed = case.program.seed
+        if first.operation.phase == "schedule" or first.operation.freezes:
+            continue  # has nothing to do on its own
+        model = case.apply(Program((first,), seed=seed))
+        before, logits = bits(model), case.run(model)
+        error = _refusal(case, Program((second,), seed=seed), model)
+        if error is not None:
+            assert [each.code for each in error.diagnostics] == ["S106"]
+            assert all(str(_read(each, case)) in str(error) for each in (first, second))
+            assert same(bits(model), before)
+            assert torch.equal(case.run(model), logits)
+            continue
+        assert same(bits(model), bits(wanted)), f"`{first}`, then `{second}`"
+        assert torch.equal(case.run(model), case.run(wanted))
+        found = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+        assert found == {name for name, tensor in wanted.named_parameters() if tensor.requires_grad}
+
+
+def _two(case: Case) -> bool:
+    return len(case.program.statements) == 2
+
+
+def _read(statement: Statement, case: Case) -> Statement:
+    return replace(statement, operation=statement.operation.read(zoo.tokenizer(case.model.shape.vocabulary)))
+
+
+def _is_accepted(case: Case) -> bool:
+    base = case.build()
+    before = bits(base)
+    error = _refusal(case, case.program, base)
+    if error is None:
+        return True
+    assert same(bits(base), before)
+    codes = {each.code for each in error.diagnostics}
+    assume(codes <= REFUSALS)  # else it does not fit the drawn model, alone or not
+    if codes <= {"S103", "S114"}:
+        assert all(str(_read(each, case)) in str(error) for each in case.program.statements), "both are named"
+    return False
+
+
+def _refusal(case: Case, program: Program, model: nn.Module) -> PlanError | None:
+    try:
+        case.apply(program, model)
+    except PlanError as error:
+        return error
+    return None
+
+
+def _off_means_off(case: Case) -> None:
+    model = case.apply()
+    randomise(model)
+    on = case.run(model)
+    with surgery.disabled(model):
+        off = case.run(model)
+    assert torch.equal(case.run(model), on)
+    base = tuple(each for each in case.program.statements if each.operation.phase in ("mask", "quantize"))
+    alone = case.apply(Program(base, seed=case.program.seed)) if base else case.build()
+    held = dict(alone.named_parameters())
+    with torch.no_grad():  # what is trained of the base stays as trained
+        for name, tensor in surgery.parameters(model).items():
+            if name in held:
+                held[name].copy_(tensor)
+    assert torch.equal(case.run(alone), off)
+
+
+def _starts_as_nothing(case: Case) -> None:
+    model = case.apply()
+    on = case.run(model)
+    with surgery.disabled(model):
+        assert torch.equal(case.run(model), on)
+    randomise(model)
+    assert not torch.equal(case.run(model), on), "what was attached has no effect"

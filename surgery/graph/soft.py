@@ -81,6 +81,12 @@ class States(nn.Module):
                 "an attention call ran without the model around it, and its prompt was not read",
                 help="run the whole model, or a gradient checkpoint of its layers",
             )
+        if self.training and self.kept.pair[0].requires_grad and not torch.is_grad_enabled():
+            raise GraphError.of(
+                "S367",
+                "a reentrant gradient checkpoint cuts off the prompt that its layer attends to",
+                help="take the other kind: `use_reentrant=False`",
+            )
         return self.kept.pair
 
 
@@ -193,7 +199,8 @@ class Front:
 
     def _signature(self, module: nn.Module, prompts: list[tuple[int, str, Tensor]]) -> tuple[Any, ...]:
         versions = tuple(0 if each.is_inference() else each._version for each in module.parameters())
-        return versions, tuple(of for _, of, _ in prompts), tuple(site.off for site in self.sites)
+        on = tuple(of for _, of, _ in prompts)
+        return torch.is_grad_enabled(), versions, on, tuple(site.off for site in self.sites)
 
 
 def order(prompt: tuple[int, str, Tensor]) -> tuple[int, str]:

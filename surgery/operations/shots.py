@@ -53,7 +53,7 @@ class Shots(Hard):
 
     def examples(self) -> list[Mapping[str, str]]:
         """The examples. PlanError S113 for a file that has too few, or a line (by number) that is none."""
-        found = []
+        found: list[Mapping[str, str]] = []
         for number, line in enumerate(_lines(self.from_), 1):
             if len(found) == self.count:
                 break

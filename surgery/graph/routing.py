@@ -20,19 +20,21 @@ PREFIX = "route_"
 class Rows:
     """Which rows of a batch take a branch.
 
-    mask: (rows,) bool. index: (chosen,) their numbers. run: (start, stop) where they are neighbours.
+    mask: (rows,) bool. index: (chosen,) their numbers. runs: (start, stop) of those that are neighbours.
     Compiled code reads the mask alone, so that another choice is no other code.
     """
 
     mask: Tensor
     index: Tensor
-    run: tuple[int, int] | None
+    runs: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, chosen: list[bool], device: torch.device) -> Rows:
         index = [place for place, taken in enumerate(chosen) if taken]
-        run = (index[0], index[-1] + 1) if index and index[-1] - index[0] + 1 == len(index) else None
-        return cls(torch.tensor(chosen, device=device), torch.tensor(index, device=device), run)
+        starts = [place for place in index if place - 1 not in index]
+        stops = [place + 1 for place in index if place + 1 not in index]
+        runs = tuple(zip(starts, stops, strict=True))
+        return cls(torch.tensor(chosen, device=device), torch.tensor(index, device=device), runs)
 
 
 def per_row(rows: Rows, value: Tensor) -> int:
@@ -73,25 +75,28 @@ def low_rank_rows(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, rows
         branch = low_rank(x, a, b, scale)
         return add_branch(y, torch.where(along(rows, branch), branch, 0.0))  # type: ignore[no-any-return]
     repeated = per_row(rows, x)
-    if rows.run is None or torch.is_grad_enabled():
+    plain = y.dtype == a.dtype == x.dtype
+    if torch.is_grad_enabled() or len(rows.runs) > FEW:
         index = rows.index.to(x.device)
         if repeated != 1:
             index = (index[:, None] * repeated + torch.arange(repeated, device=index.device)).flatten()
-        part = add_branch(y.index_select(0, index), low_rank(x.index_select(0, index), a, b, scale))
-        if owned and not torch.is_grad_enabled():
-            return y.index_copy_(0, index, part)
-        return y.index_copy(0, index, part)
-    start, stop = (each * repeated for each in rows.run)
+        branch = low_rank(x.index_select(0, index), a, b, scale)
+        if plain:
+            return torch.index_add(y, 0, index, branch)
+        return y.index_copy(0, index, add_branch(y.index_select(0, index), branch))
     y = y if owned else y.clone()
-    into, some = y[start:stop], x[start:stop]
-    if y.dtype == a.dtype == x.dtype and y.is_contiguous():
-        inner = F.linear(some.reshape(-1, x.shape[-1]), a)
-        into.view(-1, y.shape[-1]).addmm_(inner, b.t(), alpha=scale)
-    else:
-        into.copy_(add_branch(into, low_rank(some, a, b, scale)))
+    for start, stop in rows.runs:
+        into, some = (each[start * repeated : stop * repeated] for each in (y, x))
+        if plain and y.is_contiguous():
+            inner = F.linear(some.reshape(-1, x.shape[-1]), a)
+            into.view(-1, y.shape[-1]).addmm_(inner, b.t(), alpha=scale)
+        else:
+            into.copy_(add_branch(into, low_rank(some, a, b, scale)))
     return y
 
 
+FEW = 8
+"""Up to so many runs are added in place one by one; rows more scattered are gathered."""
 FRESH = (F.linear, linear_as, low_rank_rows)
 
 

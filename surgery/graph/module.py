@@ -81,9 +81,8 @@ class Rewritten(fx.GraphModule):
         module = cls(root, lower(full), class_name="Rewritten")
         module._keep(root)
         module.train(original.training)
-        for name in HOOKS:
-            if getattr(original, name, None):
-                setattr(module, name, getattr(original, name))
+        for name in HOOKS:  # the very same, so that those set on the one are there when a merge puts back the other
+            setattr(module, name, getattr(original, name))
         for name in PASSED_ON:
             if hasattr(original, name):
                 object.__setattr__(module, name, getattr(original, name))

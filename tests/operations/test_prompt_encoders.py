@@ -201,3 +201,46 @@ def test_a_text_in_front_of_minilm() -> None:
     report = surgery.verify(model, tokenizer=tokenizer)
     assert report
     assert [finding.status for finding in report.of("soft_equals_hard")] == ["holds"]
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_rows_beside_everything_else(name: str) -> None:
+    """Over a lookup that is adapted too, attention with a prefix, pruned and 4-bit maps; also when these are merged."""
+    model = zoo.tiny(name)
+    program = "prompt 5; lora rank 2 on embed; prefix 3 on all layers; prune magnitude 50% on attn; quantize ffn nf4"
+    studied.apply(program, name, model)
+    with torch.no_grad():
+        for tensor in surgery.parameters(model).values():
+            tensor.add_(0.05)
+    fed = zoo.padded(model)
+    want = out(model, fed)
+    surgery.merge(model)
+    assert close(out(model, fed), want, 1e-4)
+    studied_again = zoo.tiny(name)
+    studied.apply(program.replace("prompt 5; ", ""), name, studied_again)
+    assert not close(out(studied_again, fed), want, 1e-3)
+
+
+@pytest.mark.parametrize("first", ["prompt 5", "lora rank 2 on attn.q,v + embed"])
+def test_a_second_program(first: str) -> None:
+    """Prompts before or after other methods: as if both had been one program, and hooks are not doubled."""
+    second = {"prompt 5": "lora rank 2 on attn.q,v + embed"}.get(first, "prompt 5")
+    one, two = zoo.tiny("bert"), zoo.tiny("bert")
+    surgery.apply(surgery.parse(f"{first}\n{second}"), one)
+    surgery.apply(surgery.parse(first), two)
+    surgery.apply(surgery.parse(second), two)
+    fed = zoo.padded(one)
+    assert torch.equal(out(two, fed), out(one, fed))
+    counts = [sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) for model in (one, two)]
+    assert counts == [4, 4]
+
+
+def test_compiles_and_exports() -> None:
+    model = zoo.tiny("bert")
+    studied.apply("prompt 5; lora rank 2 on attn.q", "bert", model)
+    fed = zoo.padded(model)
+    want = out(model, fed)
+    exported = torch.export.export(model, (), fed, strict=False).module()
+    assert close(out(exported, fed), want)
+    assert close(out(torch.compile(model, fullgraph=True, backend="eager"), fed), want)
+    torch._dynamo.reset()

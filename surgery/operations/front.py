@@ -102,13 +102,18 @@ class Front(Operation):
                 f"`{self.verb}` comes before the first layer and is read by all: {min(missing)} is left out",
                 help="leave the selector out; `prefix` takes single layers",
             )
-        mixer = entries.without_attention(anatomy, place.path)
-        if mixer is not None:
+        depth = next(stack.depth for stack in anatomy.stacks if stack.name == place.stack)
+        without = depth - len({part.layer for part in calls})
+        if without or entries.without_attention(anatomy, place.path):
+            where = entries.without_attention(anatomy, place.path) or f"{without} of {depth} layers"
             raise PlanError.of(
                 "S112",
-                f"`{self.verb}` comes in as keys and values, and {mixer} mixes tokens without attention",
+                f"`{self.verb}` comes in as keys and values, and tokens are mixed without attention ({where})",
                 help="adapt this model with lora, or take `prefix` for the layers that have attention",
             )
+        unlike = attention_text.unlike_a_prompt(model, anatomy)
+        if unlike:
+            yield f"`{self.verb}` is not read as tokens in its place would be: {unlike}"
         yield from entry.check(model, anatomy.parts, {part.path: n for part in calls})
 
     def _fits_in(self, n: int, model: Any) -> None:

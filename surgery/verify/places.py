@@ -19,7 +19,7 @@ from surgery.graph.module import Rewritten, without
 from surgery.graph.site import Site
 from surgery.verify.bounds import coarsest, merge_bound, relative_error
 from surgery.verify.report import Finding
-from surgery.verify.subject import Place, Subject
+from surgery.verify.subject import Place, Subject, first_tensor
 
 COLUMNS = 256
 """How many columns of a matrix are read off its code as G(e_i) - G(0); of wider ones a random choice is."""
@@ -39,7 +39,7 @@ def identity_at_init(subject: Subject) -> Iterator[Finding]:
             with torch.no_grad():
                 base = _base_only(place.copied())
                 fresh = _attached(base, step, part, subject.plan.program.seed)
-                wanted, found = base(x), fresh(x)
+                wanted, found = first_tensor(base(x)), first_tensor(fresh(x))
             bound = merge_bound(coarsest(*_dtypes(fresh), subject.dtype), 1, 1.0) if _moved(place, fresh) else 0.0
             error = relative_error(found, wanted) if bound else _unequal(found, wanted)
             yield Finding("identity_at_init", place.path, error, bound, str(step.statement), sites=place.sites)
@@ -57,14 +57,14 @@ def merges(subject: Subject) -> Iterator[Finding]:
         subject.randomise(copied, place.path)
         x = subject.input_for(place)
         with torch.no_grad():
-            wanted, base = copied(x), _off(copied)(x)
-            read, at_zero, columns = _matrix(copied, subject, place)
+            wanted, base = first_tensor(copied(x)), first_tensor(_off(copied)(x))
             dtype = coarsest(*_dtypes(copied), subject.dtype)
         attached = [step for step, _ in place.visits if step.operation.phase == "attach"]
         try:
             folded = fold(copied)
         except NotAffine as reason:
-            if all("merges" in step.operation.promises() for step in attached):
+            plain = copied.facts is not None and copied.facts.plain  # else the plan has said that it stays
+            if plain and all("merges" in step.operation.promises() for step in attached):
                 yield _finding(place, float("inf"), 1.0, f"it does not fold: {reason}")
             else:
                 yield Finding("merges", place.path, statement=place.statements(), skipped=f"cannot merge: {reason}")
@@ -72,7 +72,8 @@ def merges(subject: Subject) -> Iterator[Finding]:
         weight = _matrix_of(folded, copied)
         bound = merge_bound(dtype, 1, _branch(weight, copied))
         with torch.no_grad():
-            merged = folded.eval()(x)
+            merged = first_tensor(folded.eval()(x))
+            read, at_zero, columns = _matrix(copied, subject, place)
         yield _finding(place, relative_error(merged, wanted), bound, "merged against unmerged output")
         yield _finding(place, relative_error(weight[:, columns], read), bound, "folded weight against G(I) - G(0)")
         bias = folded._parameters.get("bias")
@@ -93,12 +94,12 @@ def off_means_off(subject: Subject) -> Iterator[Finding]:
         subject.randomise(copied, place.path)
         x = subject.input_for(place)
         with torch.no_grad():
-            on = copied(x)
+            on = first_tensor(copied(x))
             base = _independent(copied, x)
             copied.switch({None})
-            off = copied(x)
+            off = first_tensor(copied(x))
             copied.switch(frozenset())
-            again = copied(x)
+            again = first_tensor(copied(x))
         yield Finding("off_means_off", place.path, _unequal(off, base), 0.0, place.statements(), "off", "", place.sites)
         yield Finding("off_means_off", place.path, _unequal(again, on), 0.0, place.statements(), "on again")
 
@@ -181,7 +182,7 @@ def _independent(module: Rewritten, x: Tensor) -> Tensor:
     original = module.original
     weight = original._parameters.get("weight")
     if weight is not None and weight is module._parameters.get("weight"):
-        return torch.as_tensor(original.eval()(x))
+        return first_tensor(original.eval()(x))
     draft = Draft(module, "", "weight")
     wide = draft.evaluate(draft.captured.weight).detach()
     bias = module._parameters.get("bias")

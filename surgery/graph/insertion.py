@@ -6,6 +6,10 @@ take their place. So the model counts positions and distances itself, whatever i
 embedding of a word gives what that word gives. Behind the last layer the rows' places are cut out again, so that
 poolers, heads and labels see the caller's tokens only, unless a decoder attends to the encoder's output: then they
 stay, and the mask that the decoder is given grows instead.
+
+All hidden states lose the rows' places too; attention weights keep them, since their rows sum to one with them. A model
+that masks its tokens once more behind the last layer, in the very module that embeds them, sees a mask that is longer
+than they are, and fails. One call of a model at a time: threads need copies of it.
 """
 
 from __future__ import annotations

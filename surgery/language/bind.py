@@ -86,6 +86,9 @@ class _Binder:
         expect = self.expect(clauses["expect"]) if "expect" in clauses else None
         self.missing()
         operation = self.build() if not self.faults else None
+        if operation is not None and name is not None and not operation.nameable:
+            said = f"{self.act.verb.text} attaches nothing here that a name could switch"
+            self.faults.append(Diagnostic("S017", said, clauses["as"].span, "", f"leave `as {name}` out"))
         if operation is None or self.faults:
             raise ProgramError(*self.faults)
         return Statement(operation, selector or NOTHING, name, expect, self.act.span, self.places)

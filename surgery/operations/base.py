@@ -120,6 +120,11 @@ class Operation:
         return "folds into the weight" if "merges" in self.promises() else "stays"
 
     @property
+    def nameable(self) -> bool:
+        """Whether `as NAME` means something: it attaches what a name switches."""
+        return True
+
+    @property
     def shared_by_rows(self) -> str | None:
         """Why all rows of a batch must have it or none, None where `surgery.route` may choose it row by row."""
         return None

@@ -37,6 +37,10 @@ class Freeze(Operation):
         return whole_only(part)
 
     @property
+    def nameable(self) -> bool:
+        return False
+
+    @property
     def on_merge(self) -> str:
         return ""
 

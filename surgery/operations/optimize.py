@@ -68,6 +68,10 @@ class Optimize(Operation):
             yield "paged", f"{self.name} is paged nowhere", "take adamw, adam or lion, or leave `paged` out"
 
     @property
+    def nameable(self) -> bool:
+        return False
+
+    @property
     def on_merge(self) -> str:
         return ""
 

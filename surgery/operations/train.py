@@ -50,6 +50,10 @@ class Train(Operation):
         return ("identity_at_init", "merges", "off_means_off") if self.add else ()
 
     @property
+    def nameable(self) -> bool:
+        return self.add
+
+    @property
     def on_merge(self) -> str:
         stays = "trained values stay, as they do when switched off"
         return f"added biases fold in; {stays}" if self.add else stays

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.errors import ModelError, PlanError
+from surgery.errors import ModelError, PlanError, ProgramError
 from surgery.graph.module import rewritten
 from tests import studied, zoo
 from tests.reference_decoder import Shape, reference_decoder
@@ -344,6 +344,15 @@ def test_trained_weight_under_an_adapter_has_the_gradient_of_the_formula() -> No
     for block, other in zip(model.blocks, merged.blocks, strict=True):
         assert torch.allclose(block[0].weight.grad, other[0].weight.grad, atol=1e-10)
         assert torch.allclose(block[0].bias.grad, other[0].bias.grad, atol=1e-10)
+
+
+@pytest.mark.parametrize("text", ["train norm as x", "freeze norm as x", "optimize sgd lr 1 as x"])
+def test_a_name_that_switches_nothing_is_refused(text: str) -> None:
+    with pytest.raises(ProgramError) as refused:
+        surgery.parse(text)
+    assert refused.value.diagnostics[0].code == "S017"
+    assert refused.value.diagnostics[0].span is not None
+    surgery.parse("train bias add as x")
 
 
 def test_16_bit_training_is_warned_of() -> None:

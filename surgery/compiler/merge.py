@@ -63,12 +63,14 @@ def merge(model: Model, *, only: Sequence[str] = (), keep: bool = False, tell: T
     for site, plain in folded.values():
         for parent, name in slots[id(site)]:
             parent._modules[name] = plain
-    for module in list(model.modules()):
+    stacked = set()
+    for path, module in list(model.named_modules()):
         stacks = module._modules.get(STACKS)
-        if isinstance(stacks, Stacks) and (not only or stacks.branches() <= wanted):
-            fold_into(module)
+        if isinstance(stacks, Stacks) and stacks.branches() & wanted:
+            fold_into(module, wanted)
+            stacked.add(path)
     _untie(model)
-    left = _what_is_left(record.plan, model, wanted, set(folded))
+    left = _what_is_left(record.plan, model, wanted, set(folded) | stacked)
     if left.steps:
         declare(left, model)
         model.__dict__[ATTRIBUTE] = remembered(left, model)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from surgery.anatomy.parts import Part
 from surgery.errors import GraphError
-from surgery.graph.module import Rewritten, duplicate
+from surgery.graph.module import Rewritten, duplicate, without
 from surgery.graph.site import Site
 
 CHILD = "surgery_experts"
@@ -175,18 +175,42 @@ def detach(module: nn.Module) -> None:
         module.__class__ = type(module).__mro__[1]
 
 
-def fold_into(module: nn.Module) -> None:
-    """Store what the module reads, and take the graph away; a tensor that would not change stays the same object."""
+def fold_into(module: nn.Module, wanted: frozenset[str]) -> None:
+    """Store what the module reads with these branches, and leave the others on it as they are.
+
+    A tensor that would not change stays the same object.
+    """
     made: Any = module._modules[CHILD]
-    training = made.training
+    training, off, others = made.training, made.off, made.branches() - wanted
+    made.switch(others)
     with torch.no_grad():
         values = made.eval()(*(module._parameters[name] for name in made.names))
     made.train(training)
-    detach(module)
     for name, value in zip(made.names, values, strict=True):
         before = module._parameters[name]
         if before is None or not torch.equal(before, value):
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    if others:
+        left = _left(made, wanted)
+        left.switch(off - wanted)
+        attach(module, left)
+    else:
+        detach(module)
+
+
+def _left(made: Stacks, merged: frozenset[str]) -> Stacks:
+    """The child without the branches that were merged, holding the tensors of the others."""
+    graph, root = without(made.full, merged), nn.Module()
+    for store in ("_parameters", "_buffers", "_modules"):
+        root.__dict__[store] = dict(made.__dict__[store])
+    held = {str(node.target).partition(".")[0] for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    for name in set(made.added) - held:
+        for store in ("_parameters", "_buffers", "_modules"):
+            root.__dict__[store].pop(name, None)
+    root._non_persistent_buffers_set = set(made._non_persistent_buffers_set)
+    left = Stacks.build(root, graph, made.original, tuple(name for name in made.added if name in held))
+    left.follow(made)
+    return left
 
 
 @cache

@@ -53,7 +53,7 @@ def stack_merges(subject: Subject) -> Iterator[Finding]:
         made = _randomised(subject, copied, part)
         copied._modules[CHILD] = made
         wanted = _read(made, copied)
-        fold_into(copied)
+        fold_into(copied, frozenset(made.branches()))
         found = [copied._parameters[name] for name in made.names]
         error = _differing([each for each in found if each is not None], wanted)
         yield _finding("merges", part, error, str(step.statement), "merged against read", sites)

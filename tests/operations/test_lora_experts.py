@@ -208,3 +208,25 @@ def test_a_budget_counts_every_expert() -> None:
     trained = sum(each.numel() for each in surgery.parameters(model).values())
     assert plan.cost.trainable == trained
     assert 0.1 < trained / sum(each.numel() for each in model.parameters()) <= 0.12
+
+
+def test_some_adapters_are_merged_and_the_others_stay(tmp_path: Path) -> None:
+    """merges: what is left is the other adapter alone, on and off as before, and is saved and verified."""
+    program = surgery.parse("lora rank 2 on experts as one; lora rank 3 on ffn.down as other")
+    model, apart = (surgery.apply(program, zoo.tiny("mixtral")) for _ in range(2))
+    fed = zoo.inputs(model)
+    randomise(model)
+    randomise(apart)
+    wanted = zoo.logits(model, fed)
+    surgery.activate(apart, "one")
+    without = zoo.logits(apart, fed)
+    surgery.merge(model, only=["one"])
+    assert torch.equal(zoo.logits(model, fed), wanted)
+    assert all(".other_lora_" in name for name in surgery.parameters(model))
+    with surgery.disabled(model):
+        assert torch.equal(zoo.logits(model, fed), without)
+    assert not torch.equal(without, wanted)
+    surgery.save(model, tmp_path / "out")
+    assert torch.equal(zoo.logits(surgery.load(tmp_path / "out"), fed), wanted)
+    report = surgery.verify(model)
+    assert report, str(report)

@@ -1,4 +1,4 @@
-"""P-tuning: a prompt made by a small network (v1, Liu et al. 2021); or a prefix in every layer (v2, Liu et al. 2022)."""
+"""P-tuning: a prompt made by a network (v1, Liu et al. 2021), or a prefix in every layer (v2, Liu et al. 2022)."""
 
 from __future__ import annotations
 
@@ -72,9 +72,6 @@ class Ptuning(Front):
 
     def folded(self) -> Ptuning:
         return replace(self, via=None)
-
-    def sees(self, anatomy: Anatomy, model: Any) -> Anatomy:
-        return super().sees(anatomy, model)
 
     def narrowed(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
         if self.version == "v1":

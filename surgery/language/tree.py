@@ -18,7 +18,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Literal:
-    """A value as it was written: `8`, `5%`, `2:4`, `"text"` with its quotes, `<=`."""
+    """A value as it was written: `8`, `5%`, `2:4`, `"text"` with its quotes, `<=`; `4, 8, 16` with single spaces."""
 
     form: OneOf["number", "percent", "ratio", "text", "compare", "table"]
     text: str

@@ -27,7 +27,7 @@ from surgery.graph.attention_math import (
 )
 from surgery.graph.attention_places import prefixed_call_mask, prefixed_keywords, table_of_distances
 from surgery.graph.entry import Shifting
-from surgery.graph.module import Rewritten, duplicate, take_base
+from surgery.graph.module import Rewritten, as_before, duplicate, take_base
 from surgery.graph.site import Init, Site, seed_of, zeros
 
 Pool = MutableMapping[str, nn.Parameter]
@@ -95,7 +95,8 @@ class AttentionDraft:
         if refusal is not None:
             raise refusal
         try:
-            return attention_trace.trace(module, self.path, frozenset(self.part.given))
+            with as_before(module):
+                return attention_trace.trace(module, self.path, frozenset(self.part.given))
         except GraphError as error:
             reason = error.diagnostics[0].message.rpartition(": ")[2]
             raise attention_interface.out_of_reach(module, self.path, reason) or error from None

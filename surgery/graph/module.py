@@ -279,6 +279,24 @@ def take_base(root: nn.Module, original: nn.Module, standing: Rewritten) -> None
     root._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
 
 
+@contextmanager
+def as_before(module: nn.Module) -> Iterator[None]:
+    """With what was there before in all rewritten places below a module, for a tracer to see calls and not graphs."""
+    below = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, Rewritten) and child.facts is not None
+    ]
+    try:
+        for parent, name, child in below:
+            parent._modules[name] = child.original
+        yield
+    finally:
+        for parent, name, child in below:
+            parent._modules[name] = child
+
+
 def standings(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every place (parent, child name) where a module stands, by its id; shared modules stand in several."""
     places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)

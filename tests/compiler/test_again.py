@@ -37,6 +37,7 @@ def wants_gradients(model: nn.Module) -> set[str]:
 LORA = "lora rank 2 on attn.q"
 COMPOSING = [
     (LORA, "quantize base nf4"),
+    ("lora rank 2 init pissa on attn.v", "prefix 2 on all layers"),
     ("quantize base nf4 double", LORA),
     (LORA, "prune magnitude 50% on attn"),
     ("prune magnitude 50% on attn.q", "prune magnitude 30% on attn.k"),
@@ -73,6 +74,11 @@ def test_two_programs_are_one(first: str, second: str, shape: Shape) -> None:
     apply(second, model)
     assert same(bits(model), bits(wanted))
     assert torch.equal(model(TOKENS), wanted(TOKENS))
+    for each in (model, wanted):
+        randomise(each)
+    assert torch.equal(model(TOKENS), wanted(TOKENS))
+    with surgery.disabled(model), surgery.disabled(wanted):
+        assert torch.equal(model(TOKENS), wanted(TOKENS))
     assert not same(bits(model), alone) or "freeze" in second or "optimize" in second
     found, expected = record_of(model), record_of(wanted)
     assert found is not None

@@ -724,6 +724,8 @@ def programs_compose(case: Case) -> None:
         for again in (case.apply(second, model), case.apply(second, loaded)):
             assert same(bits(again), bits(wanted))
             assert torch.equal(case.run(again), case.run(wanted))
+            with surgery.disabled(again), surgery.disabled(wanted):
+                assert torch.equal(case.run(again), case.run(wanted))
         trained = case.apply(first)
         values = {name: tensor.clone() for name, tensor in randomise(trained).items()}
         if not _comes_too_late(case, second, trained):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from itertools import combinations_with_replacement
+from itertools import combinations, combinations_with_replacement
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import surgery
+from surgery.language.pairs import pair
+from surgery.language.pairs import statements as forms
+from surgery.language.program import Program
 from surgery.operations import TABLE
-from tests import strategies
-from tests.properties.laws import Case
+from tests import strategies, zoo
+from tests.properties.laws import Case, bits, same
 from tests.properties.pairs import STATEMENTS, everything_promised_holds, programs
 
 PAIRS = list(combinations_with_replacement(sorted(STATEMENTS), 2))
@@ -51,3 +58,33 @@ def test_some_pairs() -> None:
 @pytest.mark.parametrize("verbs", PAIRS, ids=" ".join)
 def test_all_pairs(verbs: tuple[str, str]) -> None:
     check(verbs, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bert"])
+def test_all_pairs_of_forms_on_transformers_models(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both at once, one after the other, and saved and loaded: the same bits and the same outputs."""
+    monkeypatch.chdir(tmp_path)
+    Path("examples.jsonl").write_text('{"input": "w5", "output": "w6"}\n')
+    base = zoo.tiny(family)
+    fed, tokenizer = zoo.inputs(base), zoo.tokenizer(base.config.vocab_size)
+
+    def transformed(program: Program, model: nn.Module | None = None) -> nn.Module | None:
+        try:
+            return surgery.apply(program, zoo.tiny(family) if model is None else model, tokenizer=tokenizer)
+        except surgery.SurgeryError:
+            return None
+
+    fitting = [form for form in forms(TABLE) if transformed(Program((form,))) is not None]
+    assert len(fitting) > len(TABLE) - 3
+    for one, other in combinations(fitting, 2):
+        wanted = transformed(Program((one, other)))
+        assert (wanted is not None) == (pair(one, other).verdict == "+"), f"`{one}` and `{other}`"
+        if wanted is None:
+            continue
+        again = transformed(Program((other,)), transformed(Program((one,))))
+        if again is not None:
+            assert same(bits(again), bits(wanted)), f"`{one}`, then `{other}`"
+            assert torch.equal(zoo.logits(again, fed), zoo.logits(wanted, fed))

@@ -94,7 +94,13 @@ def everything_promised_holds(case: Case) -> None:
         _off_means_off(case)
     if attached and all("identity_at_init" in each for each in promised):
         _starts_as_nothing(case)
-    if trained and attached and all("merges" in each.promises() for each in operations if each.phase != "schedule"):
+    plain = not any(getattr(each, "add", False) for each in operations)  # a merge gives added biases names of their own
+    if (
+        plain
+        and trained
+        and attached
+        and all("merges" in each.promises() for each in operations if each.phase != "schedule")
+    ):
         laws.merging_changes_nothing(case)
 
 

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from surgery.language.selector import Selector
 
-Form = Literal["count", "number", "counts", "numbers", "share", "ratio", "word", "flag", "text", "file", "variant", "selection"]
+Form = Literal[
+    "count", "number", "counts", "numbers", "share", "ratio", "word", "flag", "text", "file", "variant", "selection"
+]
 
 
 @dataclass(frozen=True)

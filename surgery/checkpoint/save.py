@@ -53,6 +53,7 @@ def save(
             + ("; or take the merge out again first, `surgery.unmerge(model)`" if KEPT in model.__dict__ else ""),
         )
     from surgery import __version__
+    from surgery.compiler.record import untrained
     from surgery.compiler.switch import active, names, refuse_routed, resting
 
     refuse_routed(model)
@@ -77,6 +78,7 @@ def save(
             trainable=tuple(
                 one.name for one in held.values() if one.parameter and (one.tensor.requires_grad or one.name in rested)
             ),
+            untrained=tuple(untrained(record, model)),
             inactive=tuple(sorted(names(model) - set(active(model)))),
             extras=tuple(packed.extras),
             settings=_settings(model),

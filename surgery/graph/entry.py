@@ -81,6 +81,31 @@ class Shift:
         return args, {**kwargs, name: _counted(args, kwargs) + amount}
 
 
+class FromMask:
+    """A forward pre-hook that counts positions without padding, as `generate` does, where the caller gives none.
+
+    A model whose positions are relative gives the same for any padding on the left. With positions in front it would
+    not: counted from the start of the row, its tokens would stand further from them.
+    """
+
+    def __init__(self, argument: str, amounts: Amounts, names: tuple[str, ...]) -> None:
+        self.argument, self.amounts, self.names = argument, amounts, names
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        mask = given.get("attention_mask")
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if self.amounts.now == 0 or given.get(self.argument) is not None or tokens is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < tokens.shape[1]:
+            return None
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        place = self.names.index(self.argument)
+        if len(args) > place:
+            return (*args[:place], positions, *args[place + 1 :]), kwargs
+        return args, {**kwargs, self.argument: positions}
+
+
 class Reread:
     """A forward hook for a table that counts positions itself when none are given: it reads n rows further on."""
 
@@ -127,12 +152,16 @@ def points(model: nn.Module, parts: Iterable[Part]) -> tuple[Point, ...]:
 
 def _entries(model: nn.Module, attention: set[str], served: set[str]) -> Iterator[Point]:
     """Where positions are read in no module of their own: the innermost modules that take them for several layers."""
-    held = Counter(each for path in attention for each in _above(path))
-    takes = {path for path, count in held.items() if count > 1 and _argument(model.get_submodule(path))}
-    outer = {each for path in takes for each in _above(path)}
-    for path in sorted(takes - outer):
+    for path in _counting(model, attention):
         if not any(_within(each, path) or _within(path, each) for each in served):
             yield Point(path, "entry", path, _argument(model.get_submodule(path)))
+
+
+def _counting(model: nn.Module, attention: set[str]) -> list[str]:
+    """The innermost modules that take positions for several attention calls."""
+    held = Counter(each for path in attention for each in _above(path))
+    takes = {path for path, count in held.items() if count > 1 and _argument(model.get_submodule(path))}
+    return sorted(takes - {each for path in takes for each in _above(path)})
 
 
 def _above(path: str) -> Iterator[str]:
@@ -200,10 +229,19 @@ def install(model: nn.Module, parts: Iterable[Part]) -> None:
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs),
         ):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, (Shift, Reread))]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, (FromMask, Shift, Reread))]:
                 del hooks[key]
                 flags.pop(key, None)
+    parts = tuple(parts)
     sites = {path: module for path, module in model.named_modules() if isinstance(module, Shifting)}
+    for path in _counting(model, {part.path for part in parts if part.kind == "attention"}):
+        module, amounts = model.get_submodule(path), Amounts()
+        names = tuple(inspect.signature(module.forward).parameters)
+        for place, site in sites.items():
+            if site.lengths() and _within(place, path):
+                site.inform(place, amounts)
+        if amounts.of and "attention_mask" in names:
+            module.register_forward_pre_hook(FromMask(_argument(module), amounts, names), with_kwargs=True)
     for point in points(model, parts):
         amounts = Amounts()
         for path, module in sites.items():

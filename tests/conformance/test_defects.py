@@ -114,6 +114,41 @@ def test_defect_09_a_lora_and_a_prefix_train_and_are_saved_together(tmp_path: Pa
     assert torch.equal(zoo.logits(surgery.load(tmp_path / "out"), fed), zoo.logits(model, fed))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "phi3"])
+@pytest.mark.parametrize("method", ["prefix 3 on all layers", "prompt 4 init vocab", "ptuning v1 4 via mlp 8"])
+def test_defect_11_the_amount_of_padding_changes_no_logit_and_none_is_added(family: str, method: str) -> None:
+    model = trained(zoo.tiny(family), method, size=1.0)
+    fed = zoo.inputs(model)
+    plain = zoo.logits(model, fed)
+    assert plain.shape[:2] == fed["input_ids"].shape
+    with surgery.disabled(model):
+        assert relative_error(zoo.logits(model, fed), plain) > 0.02
+    for padding in (1, 5):
+        ids = F.pad(fed["input_ids"], (padding, 0), value=7)
+        mask = F.pad(torch.ones_like(fed["input_ids"]), (padding, 0))
+        padded = zoo.logits(model, {"input_ids": ids, "attention_mask": mask})
+        assert relative_error(padded[:, padding:], plain) < 2e-6
+
+
+@pytest.mark.parametrize("via", ["mlp 8", "lstm 8"])
+def test_defect_12_the_network_behind_a_prompt_is_saved_so_that_training_goes_on(via: str, tmp_path: Path) -> None:
+    model = trained(zoo.tiny("llama"), f"ptuning v1 4 via {via}")
+    surgery.save(model, tmp_path / "out")
+    again = surgery.load(tmp_path / "out")
+    ours, theirs = surgery.parameters(model), surgery.parameters(again)
+    assert len(ours) > 4, "the network's own tensors"
+    assert ours.keys() == theirs.keys()
+    fed = zoo.inputs(model)
+    for each in (model, again):
+        optimizer = torch.optim.SGD(surgery.parameters(each).values(), lr=0.1)
+        each(**fed).logits.square().mean().backward()
+        optimizer.step()
+    before = surgery.parameters(surgery.load(tmp_path / "out"))
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name])
+        assert not torch.equal(tensor, before[name]), f"{name} was not trained"
+
+
 @pytest.mark.parametrize("other", ["prune magnitude 50% on ffn", "quantize base nf4"])
 def test_defect_15_a_transformed_model_can_be_traced_and_keeps_its_keys(other: str) -> None:
     model = zoo.plain("nano", dtype=torch.float32)

@@ -308,9 +308,9 @@ def test_bad_program_file(run: Run, tmp_path: Path) -> None:
 
 def test_internal_error_is_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own faults do not look like the user's, and say how to see more."""
-    import surgery.checkpoint.models as models
+    import surgery.checkpoint.load as load
 
-    monkeypatch.setattr(models, "load_meta", lambda spec: 1 / 0)
+    monkeypatch.setattr(load, "load_either", lambda spec, meta=False: 1 / 0)
     (tmp_path / "p").write_text("lora rank 2 on attn.q")
     outcome = run("plan", "p", "demo")
     refused(outcome, "S499")

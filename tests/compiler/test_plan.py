@@ -129,8 +129,11 @@ def test_all_problems_come_at_once() -> None:
     assert len(caught.value.diagnostics) >= 3
 
 
-def test_a_second_program_is_refused() -> None:
-    """Error: a transformed model is not planned again."""
+def test_a_second_program_is_planned_with_the_first() -> None:
+    """Error: what both claim is a conflict of the two programs; what they do not is one plan."""
     model = surgery.apply(surgery.parse("lora rank 2 on attn.q"), zoo.tiny("llama"))
-    with pytest.raises(PlanError, match="transformed already"):
-        surgery.plan(surgery.parse("lora rank 2 on attn.k"), model)
+    with pytest.raises(PlanError, match=r"lora rank 3 on attn\.q") as caught:
+        surgery.plan(surgery.parse("lora rank 3 on attn.q"), model)
+    assert caught.value.diagnostics[0].code == "S103"
+    both = surgery.plan(surgery.parse("lora rank 2 on attn.k"), model)
+    assert [str(step.statement) for step in both.steps] == ["lora rank 2 on attn.k", "lora rank 2 on attn.q"]

@@ -56,7 +56,7 @@ def both(family: str, dtype: torch.dtype, dora: bool = False) -> tuple[Any, Any,
     return peer.eval(), ours, zoo.inputs(ours, batch=4)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen2", pytest.param("opt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_a_mixed_batch_is_pefts(family: str) -> None:
     """To 1e-6 of the largest logit in float32, rows of the base among them."""
     peer, ours, fed = both(family, torch.float32)

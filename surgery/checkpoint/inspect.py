@@ -97,7 +97,9 @@ def _promises(report: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     findings = report["findings"]
     broken = [f"{each['promise']} at {each['place']}" for each in findings if each["status"] == "fails"]
-    return {"names": list(dict.fromkeys(each["promise"] for each in findings)), "broken": broken}
+    checked = dict.fromkeys(each["promise"] for each in findings if each["status"] != "skipped")
+    skipped = dict.fromkeys(each["promise"] for each in findings if each["promise"] not in checked)
+    return {"names": list(checked), "broken": broken, "unchecked": list(skipped)}
 
 
 def _config(directory: Path) -> Mapping[str, Any]:

@@ -45,7 +45,7 @@ def lines(out: Path, found: Mapping[str, Any]) -> Iterator[str]:
             zeros = f", {step['zeros']:.2%} zeros" if "zeros" in step else ""
             added = f", +{step['parameters']:,} parameters" if step["parameters"] else ""
             yield f"  {step['statement']}"
-            yield f"      {step['places']} places{added}{zeros}"
+            yield f"      {step['places']} place{'' if step['places'] == 1 else 's'}{added}{zeros}"
         promises = found["promises"]
         yield ""
         if promises is None:
@@ -53,3 +53,5 @@ def lines(out: Path, found: Mapping[str, Any]) -> Iterator[str]:
         else:
             broken = ", ".join(promises["broken"])
             yield f"  promises: {f'BROKEN: {broken}' if broken else 'all kept'} ({', '.join(promises['names'])})"
+            if promises["unchecked"]:
+                yield f"  not checked: {', '.join(promises['unchecked'])}"

@@ -59,7 +59,7 @@ Places = tuple[tuple[str, Rewritten, bool], ...]
 
 def _chosen(model: nn.Module, rows: Sequence[Choice]) -> list[frozenset[str]]:
     """The names of every row."""
-    if isinstance(rows, str) or not rows:
+    if isinstance(rows, str) or not rows or not all(row is None or isinstance(row, Sequence) for row in rows):
         raise GraphError.of(
             "S375", "a route gives a name, or None, for every row of the batch", help='`["french", "german", None]`'
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests import strategies, zoo
 from tests.properties.laws import Case, bits, same
 from tests.properties.pairs import STATEMENTS, everything_promised_holds, programs
 
+DEEP = pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "deep", reason="an hour: HYPOTHESIS_PROFILE=deep")
 PAIRS = list(combinations_with_replacement(sorted(STATEMENTS), 2))
 
 
@@ -54,12 +56,14 @@ def test_some_pairs() -> None:
     holds()
 
 
+@DEEP
 @pytest.mark.slow
 @pytest.mark.parametrize("verbs", PAIRS, ids=" ".join)
 def test_all_pairs(verbs: tuple[str, str]) -> None:
     check(verbs, 4)
 
 
+@DEEP
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bert"])
 def test_all_pairs_of_forms_on_transformers_models(

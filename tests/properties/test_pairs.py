@@ -46,7 +46,7 @@ def test_every_verb_alone(verb: str) -> None:
 
 
 def test_some_pairs() -> None:
-    @settings(max_examples=max(4, settings().max_examples // 5))
+    @settings(max_examples=max(2, settings().max_examples // 12))
     @given(st.data())
     def holds(data: st.DataObject) -> None:
         verbs = data.draw(st.sampled_from(PAIRS))

@@ -348,12 +348,12 @@ def _joint_not_marked(patch: Patch) -> None:
 
 def _branch_in_place(patch: Patch) -> None:
     """Switching back on forgets to, after the first time off."""
-    original = surgery.graph.module.Rewritten.switch
+    original = surgery.graph.module.Rewritten.route
 
-    def switch(self: Any, off: Any) -> None:
-        original(self, off or self.off)
+    def route(self: Any, off: Any, *more: Any) -> None:
+        original(self, off or self.off, *more)
 
-    patch.setattr(surgery.graph.module.Rewritten, "switch", switch)
+    patch.setattr(surgery.graph.module.Rewritten, "route", route)
 
 
 def _base_still_trained(patch: Patch) -> None:

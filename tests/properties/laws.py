@@ -194,8 +194,11 @@ def plans_are_reproducible(case: Case) -> None:
 def plans_count_what_changes(case: Case) -> None:
     plan = case.plan()
     model = case.apply()
-    paths = {part.path for step in plan.steps for part in step.parts if step.operation.rewrites(part)}
-    assert {path.removesuffix(".surgery_edge") for path, _ in rewritten(model)} == paths
+    parts = [part for step in plan.steps for part in step.parts if step.operation.rewrites(part)]
+    paths = {part.path for part in parts}
+    if any(part.kind == "entry" for part in parts):  # what comes in front of the tokens is read at every attention call
+        paths |= {part.path for part in plan.anatomy.parts if part.kind == "attention"}
+    assert {path.removesuffix(".surgery_edge").removeprefix("surgery_prompt") for path, _ in rewritten(model)} == paths
     told = {id(tensor): tensor.numel() for tensor in model.parameters() if tensor.requires_grad}
     assert sum(told.values()) == plan.cost.trainable
     assert sum(tensor.numel() for tensor in surgery.parameters(model).values()) == plan.cost.trainable

@@ -353,7 +353,8 @@ def optimizers_step_what_is_trained(case: Case) -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert same(bits(one), bits(other))
-    trained = set(surgery.parameters(one))
+    moving = set(map(id, surgery.parameters(one).values()))  # tied ones under every name
+    trained = {name for name, tensor in one.named_parameters(remove_duplicate=False) if id(tensor) in moving}
     assert all(torch.equal(tensor, before[name]) for name, tensor in bits(one).items() if name not in trained)
     still = {name for name in pushed if torch.equal(one.get_parameter(name), before[name])}
     assert pushed
@@ -387,7 +388,8 @@ def gradients_are_those_of_the_written_graph(case: Case) -> None:
     # What cancels in one gradient is rounded as the others are.
     largest = max((gradient.abs().max().item() for gradient in wanted.values()), default=0.0)
     for name, gradient in wanted.items():
-        assert gradient.abs().max() > 0, f"{name} gets no gradient"
+        # A recurrent network that makes one position has read nothing before it.
+        assert gradient.abs().max() > 0 or "weight_hh" in name, f"{name} gets no gradient"
         slack = 1e-5 if case.has(Quantize) else 1e-10  # `compute fp32` rounds on its way
         assert torch.allclose(found[name], gradient, rtol=0, atol=slack * largest), name
 

@@ -197,7 +197,8 @@ def prefix(model: nn.Module, places: Sequence[Place]) -> Adapter:
     statement = places[0].step.statement
     operation = places[0].operation
     heads = places[0].part.heads
-    depth = max((stack.depth for stack in _record(model).plan.anatomy.stacks), default=0)
+    record = record_of(model)
+    depth = max((stack.depth for stack in record.plan.anatomy.stacks), default=0) if record is not None else 0
     layers = [place.part.layer for place in places]
     if operation.gated or operation.via is not None:
         raise _cannot(f"PEFT has no format for `{statement}`", "`via mlp` becomes plain keys and values by a merge")
@@ -254,10 +255,6 @@ def _targets(model: nn.Module, paths: Mapping[str, object]) -> list[str] | str:
 def _task(model: nn.Module) -> str | None:
     tasks = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
     return next((task for end, task in tasks.items() if type(model).__name__.endswith(end)), None)
-
-
-def _record(model: nn.Module) -> Any:
-    return record_of(model)
 
 
 def _cannot(what: str, help: str = "") -> CheckpointError:

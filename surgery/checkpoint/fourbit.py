@@ -20,22 +20,46 @@ SUFFIXES = {"absmax": "absmax", "nested_absmax": "nested_absmax", "nested_map": 
 
 
 @dataclass(frozen=True)
-class Layout:
+class Packing:
     """What differs in model.safetensors and config.json where weights are kept in 4 bits; empty where none are.
 
-    keys: name in the model -> name in the file. extras: tensors that only other readers want.
+    keys: name in the model -> name in the file. maps, states: tensors that only other readers want.
     config: `quantization_config`, None where nothing is quantized.
     """
 
     keys: Mapping[str, str] = field(default_factory=dict)
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
+    states: Mapping[str, State] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
 
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Names in the file that nothing in the model has."""
+        return (*self.maps, *self.states)
 
-def layout(model: nn.Module) -> Layout:
+
+@dataclass(frozen=True)
+class State:
+    """bitsandbytes' JSON of one weight. offset: name in the model of the number that ends it, None where none does."""
+
+    said: Mapping[str, Any]
+    offset: str | None
+
+    def text(self, offset: float | None = None) -> bytes:
+        """As it stands in a file. offset: the number."""
+        return json.dumps({**self.said, **({} if self.offset is None else {"nested_offset": offset})}).encode()
+
+    @property
+    def longest(self) -> int:
+        """The most bytes that the text may have."""
+        return len(self.text(-2.2250738585072014e-308))
+
+
+def layout(model: nn.Module) -> Packing:
     """How the model's 4-bit weights are written."""
     keys: dict[str, str] = {}
-    extras: dict[str, Tensor] = {}
+    maps: dict[str, Tensor] = {}
+    states: dict[str, State] = {}
     first: tuple[Any, ...] | None = None
     packed = set()
     for path, name, node in _quantized(model):
@@ -45,20 +69,24 @@ def layout(model: nn.Module) -> Layout:
         weight = f"{path}.{name}"
         packed.add(path)
         keys[f"{weight}_codes"] = weight
-        format, block, shape, dtype = node.args[5:9]
+        state: Any = node.args[5:9]
+        format, block, shape, dtype = state
         keys |= {
             f"{weight}_{ours}": f"{weight}.{theirs}"
             for ours, theirs in SUFFIXES.items()
             if _has(module, f"{name}_{ours}")
         }
         double = _has(module, f"{name}_nested_absmax")
-        state = _state(module, name, double, format, block, shape, dtype)
-        extras[f"{weight}.quant_state.bitsandbytes__{format}"] = _text(state)
-        extras[f"{weight}.quant_map"] = _codes(str(format))
+        said = {"quant_type": format, "blocksize": block, "dtype": _name(dtype), "shape": list(shape)}
+        if double:
+            said |= {"nested_blocksize": 256, "nested_dtype": "float32"}
+        offset = f"{weight}_offset" if double else None
+        states[f"{weight}.quant_state.bitsandbytes__{format}"] = State(said, offset)
+        maps[f"{weight}.quant_map"] = _codes(str(format))
         first = first or (format, double, dtype)
     if first is None:
-        return Layout()
-    return Layout(keys, extras, _config(model, packed, *first))
+        return Packing()
+    return Packing(keys, maps, states, _config(model, packed, *first))
 
 
 def _quantized(model: nn.Module) -> Iterator[tuple[str, str, fx.Node]]:
@@ -71,20 +99,6 @@ def _quantized(model: nn.Module) -> Iterator[tuple[str, str, fx.Node]]:
 
 def _has(module: nn.Module, name: str) -> bool:
     return name in module._buffers
-
-
-def _state(
-    module: nn.Module, name: str, double: bool, format: Any, block: Any, shape: Any, dtype: Any
-) -> dict[str, Any]:
-    state = {"quant_type": format, "blocksize": block, "dtype": _name(dtype), "shape": list(shape)}
-    if double:
-        offset: Any = module._buffers[f"{name}_offset"]
-        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset.item()}
-    return state
-
-
-def _text(data: Mapping[str, Any]) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(data).encode()), dtype=torch.uint8)
 
 
 def _codes(format: str) -> Tensor:

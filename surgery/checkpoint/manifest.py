@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from surgery.errors import CheckpointError
 FORMAT = 1
 NAME = "surgery.json"
 BASE, ADDED = "model.safetensors", "surgery.safetensors"
+WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")  # BASE, or the shards of its index
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def keep_promises(directory: Path, promises: Mapping[str, Any]) -> None:
 
 def total_bytes(directory: Path) -> int:
     """How many bytes of tensors `load` will read, near enough for a progress bar."""
-    return sum(path.stat().st_size for path in (directory / BASE, directory / ADDED) if path.is_file())
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def _by_lines(data: Any, depth: int = 3) -> str:
@@ -130,6 +132,6 @@ def _by_lines(data: Any, depth: int = 3) -> str:
 
 def _entry(data: Mapping[str, Any]) -> Entry:
     entry = Entry(**data)
-    if entry.file not in (BASE, ADDED):
+    if entry.file != ADDED and not WEIGHTS.fullmatch(entry.file):
         raise ValueError(f"file {entry.file}")
     return entry

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.checkpoint import fourbit, huggingface
+from surgery.checkpoint import huggingface
 from surgery.checkpoint import tensors as files
-from surgery.checkpoint.fourbit import Layout
+from surgery.checkpoint.content import Content, content
 from surgery.checkpoint.huggingface import TOKENIZER_FILES
 from surgery.checkpoint.inventory import Held, inventory
-from surgery.checkpoint.manifest import ADDED, BASE, NAME, Entry, Manifest
+from surgery.checkpoint.layout import write_index
+from surgery.checkpoint.manifest import BASE, NAME, Manifest
+from surgery.checkpoint.sink import fill
 from surgery.checkpoint.staging import staged
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from surgery.compiler import Plan
 
@@ -52,37 +54,57 @@ def save(
             help="save it as its library does, `model.save_pretrained(path)`"
             + ("; or take the merge out again first, `surgery.unmerge(model)`" if KEPT in model.__dict__ else ""),
         )
-    from surgery import __version__
     from surgery.compiler.record import untrained
-    from surgery.compiler.switch import active, names, refuse_routed, resting
+    from surgery.compiler.switch import refuse_routed
 
     refuse_routed(model)
-    rested = resting(model)
-    held = inventory(model)
+    found = content(model, _base_directory(model, origin))
+    for name, one in found.held.items():
+        if one.tensor.is_meta:
+            raise CheckpointError.of("S422", f"{name} is on the meta device: there are no weights to save")
     with staged(Path(path), force) as partial:
-        packed = fourbit.layout(model)
-        entries: dict[str, Entry] = {}
-        for file, group in _files(held, packed).items():
-            entries |= _write(partial / file, group, packed, tell)
-        _write_config(model, partial, packed, _dtype(held))
+        values = found.constants()
+        for name, one in found.held.items():
+            values |= found.values(name, one.tensor)
+        digests = fill(partial, found.files, values, tell).digests
+        write_index(partial, found.weights)
+        _write_config(model, partial, found)
         _write_tokenizer(model, partial, origin, tokenizer)
-        Manifest(
-            version=__version__,
-            program=str(record.plan.program),
-            seed=record.plan.program.seed,
-            plan=_standing(record.plan, model).to_json(),
-            model_class=f"{type(model).__module__}:{type(model).__qualname__}",
-            origin=origin or _origin(model),
-            tensors=entries,
-            ties={name: one.name for one in held.values() for name in one.names[1:]},
-            trainable=tuple(
-                one.name for one in held.values() if one.parameter and (one.tensor.requires_grad or one.name in rested)
-            ),
-            untrained=tuple(untrained(record, model)),
-            inactive=tuple(sorted(names(model) - set(active(model)))),
-            extras=tuple(packed.extras),
-            settings=_settings(model),
-        ).write(partial / NAME)
+        write_manifest(model, partial, found, digests, origin, untrained(record, model))
+
+
+def write_manifest(
+    model: nn.Module,
+    directory: Path,
+    found: Content,
+    digests: Mapping[str, str],
+    origin: str | None,
+    untrained: Collection[str],
+) -> None:
+    """surgery.json of a transformed model, or of one that is hollow, whose tensors were written."""
+    from surgery import __version__
+    from surgery.compiler.switch import active, names, resting
+
+    plan, rested = model.__dict__["_surgery"].plan, resting(model)
+    Manifest(
+        version=__version__,
+        program=str(plan.program),
+        seed=plan.program.seed,
+        plan=_standing(plan, model).to_json(),
+        model_class=f"{type(model).__module__}:{type(model).__qualname__}",
+        origin=origin or _origin(model),
+        tensors=found.entries(digests),
+        ties={name: one.name for one in found.held.values() for name in one.names[1:]},
+        trainable=tuple(
+            one.name
+            for one in found.held.values()
+            if one.parameter and (one.tensor.requires_grad or one.name in rested)
+        ),
+        untrained=tuple(untrained),
+        inactive=tuple(sorted(names(model) - set(active(model)))),
+        extras=found.packed.extras,
+        settings=_settings(model),
+    ).write(directory / NAME)
 
 
 def save_merged(
@@ -136,37 +158,21 @@ def bytes_of(model: nn.Module) -> int:
     return sum(one.tensor.numel() * one.tensor.dtype.itemsize for one in inventory(model).values())
 
 
-def _files(held: Mapping[str, Held], packed: Layout) -> dict[str, dict[str, Tensor]]:
-    groups: dict[str, dict[str, Tensor]] = {BASE: {}, ADDED: {}}
-    for name, one in held.items():
-        if one.tensor.is_meta:
-            raise CheckpointError.of("S422", f"{name} is on the meta device: there are no weights to save")
-        ours = (one.added or not one.persistent) and name not in packed.keys
-        groups[ADDED if ours else BASE][name] = one.tensor
-    return groups
-
-
-def _write(path: Path, group: Mapping[str, Tensor], packed: Layout, tell: files.Tell) -> dict[str, Entry]:
-    stored = {packed.keys.get(name, name): tensor for name, tensor in group.items()}
-    digests = files.write(path, {**stored, **(packed.extras if path.name == BASE else {})}, tell)
-    return {name: Entry(path.name, digests[packed.keys.get(name, name)], packed.keys.get(name)) for name in group}
-
-
 def _dtype(held: Mapping[str, Held]) -> torch.dtype | None:
     """Of the base: its first floating parameter."""
     ours = (one.tensor.dtype for one in held.values() if one.parameter and not one.added)
     return next((dtype for dtype in ours if dtype.is_floating_point), None)
 
 
-def _write_config(model: nn.Module, directory: Path, packed: Layout, dtype: torch.dtype | None) -> None:
+def _write_config(model: nn.Module, directory: Path, found: Content) -> None:
     """config.json as `from_pretrained` reads it."""
     if not hasattr(getattr(model, "config", None), "to_json_file"):
         return
     config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = dtype
-    if packed.config is not None:
-        config.quantization_config = dict(packed.config)
+    config.dtype = _dtype(found.held)
+    if found.packed.config is not None:
+        config.quantization_config = dict(found.packed.config)
     config.to_json_file(directory / "config.json", use_diff=True)
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from surgery.checkpoint.header import Header, TensorInfo
+from surgery.checkpoint.layout import Slot, layout
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ NAMES: Mapping[torch.dtype, str] = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
+DIGEST = 16  # bytes
 
 Tell = Callable[[int], object]  # told the number of bytes done since the last time
 
@@ -32,7 +33,14 @@ def silent(_: int) -> None:
 
 def digest(tensor: Tensor) -> str:
     """BLAKE2b (128 bits, hexadecimal) of a tensor's bytes in row-major order."""
-    return hashlib.blake2b(_bytes(tensor), digest_size=16).hexdigest()
+    return hashlib.blake2b(bytes_of(tensor), digest_size=DIGEST).hexdigest()
+
+
+def slot_of(name: str, tensor: Tensor, group: str = "") -> Slot:
+    """What is to be known of a tensor to lay out a file. Errors: S420 for a dtype that the format lacks."""
+    if tensor.dtype not in NAMES:
+        raise CheckpointError.of("S420", f"{name} has dtype {tensor.dtype}, which safetensors cannot hold")
+    return Slot(name, NAMES[tensor.dtype], tuple(tensor.shape), group)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], tell: Tell = silent) -> dict[str, str]:
@@ -40,30 +48,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], tell: Tell = silent) -> dic
 
     Errors: S420 for a dtype that the format lacks; OSError as the system raises it.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in NAMES:
-            raise CheckpointError.of("S420", f"{name} has dtype {tensor.dtype}, which safetensors cannot hold")
-        size = tensor.numel() * tensor.dtype.itemsize
-        header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [place, place + size],
-        }
-        place += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    file = layout(path.name, [slot_of(name, tensor) for name, tensor in tensors.items()])
     digests: dict[str, str] = {}
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in order:
-            data = _bytes(tensors[name])
-            file.write(data)
-            digests[name] = hashlib.blake2b(data, digest_size=16).hexdigest()
+    with path.open("wb") as opened:
+        opened.write(file.head({}))
+        for slot in file.slots:
+            data = bytes_of(tensors[slot.name])
+            opened.write(data)
+            digests[slot.name] = hashlib.blake2b(data, digest_size=DIGEST).hexdigest()
             tell(len(data))
     return digests
 
@@ -74,7 +66,7 @@ def read(header: Header, tell: Tell = silent) -> Iterator[tuple[str, Tensor]]:
         for info in header.tensors:
             tensor = _empty(header.path, info)
             file.seek(info.start)
-            data = _bytes(tensor)
+            data = bytes_of(tensor)
             if file.readinto(data) != len(data):
                 raise CheckpointError.of("S411", f"`{header.path}` is truncated inside {info.name}")
             tell(len(data))
@@ -87,7 +79,7 @@ def _empty(path: Path, info: TensorInfo) -> Tensor:
     return torch.empty(info.shape, dtype=DTYPES[info.dtype])
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's memory where it is contiguous on the CPU, a copy otherwise."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(bytearray())

@@ -240,12 +240,12 @@ def test_no_permission(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_full_disk(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system says that the disk is full in the middle of the weights."""
-    from surgery.checkpoint import tensors
+    from surgery.checkpoint import sink
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensors, "_bytes", full)  # called for each tensor, the header being written
+    monkeypatch.setattr(sink, "write_all", full)
     (tmp_path / "p").write_text("lora rank 2 on attn.q")
     before = snapshot(tmp_path)
     refused(run("apply", "p", "demo", "-o", "out"), "S433")
@@ -257,10 +257,10 @@ def test_interrupted_while_writing(sent: signal.Signals, tmp_path: Path) -> None
     """Ctrl-C leaves nothing behind, and one line."""
     (tmp_path / "p").write_text("lora rank 2 on attn.q")
     slow = (
-        "import time, surgery.checkpoint.tensors as t, surgery.cli as c; write = t.write\n"
-        "def slowly(path, *rest):\n"
-        "    write(path, *rest); print('writing', flush=True); time.sleep(60)\n"
-        "t.write = slowly; c.main()"
+        "import time, surgery.checkpoint.sink as s, surgery.cli as c; write = s.write_all\n"
+        "def slowly(*rest):\n"
+        "    write(*rest); print('writing', flush=True); time.sleep(60)\n"
+        "s.write_all = slowly; c.main()"
     )
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(

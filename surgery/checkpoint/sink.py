@@ -1,0 +1,106 @@
+"""Files of a known layout, filled tensor by tensor in any order, by any number of threads and processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from surgery.checkpoint.layout import FileLayout
+from surgery.checkpoint.tensors import DIGEST, Tell, bytes_of, silent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+    from surgery.checkpoint.source import Source
+
+
+class Sink:
+    """The files of a directory, open for writing.
+
+    digests: of what was written so far, by name, where they are `wanted`. late: what was given of the late ones.
+    """
+
+    def __init__(
+        self, directory: Path, files: Sequence[FileLayout], *, wanted: bool = True, tell: Tell = silent
+    ) -> None:
+        self.files, self.wanted, self.tell = tuple(files), wanted, tell
+        self.digests: dict[str, str] = {}
+        self.late: dict[str, bytes] = {}
+        self.home: dict[str, str] = {slot.name: file.name for file in files for slot in file.slots}
+        self._places = {name: (file.name, place) for file in files for name, place in file.places().items()}
+        self._open: dict[str, int] = {}
+        for file in files:
+            self._open[file.name] = os.open(directory / file.name, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor, in row-major order."""
+        data = bytes_of(tensor)
+        if self.wanted:
+            self.digests[name] = hashlib.blake2b(data, digest_size=DIGEST).hexdigest()
+        self._write(name, data, 0)
+
+    def put_late(self, name: str, data: bytes) -> None:
+        """Keep what is late until `finish`."""
+        self.late[name] = data
+
+    def copy(self, name: str, source: Source, key: str) -> None:
+        """Write a tensor of a source as it lies there, never all of it in memory."""
+        digest = hashlib.blake2b(digest_size=DIGEST)
+        for at, data in source.stretches(key):
+            if self.wanted:
+                digest.update(data)
+            self._write(name, data, at)
+        if self.wanted:
+            self.digests[name] = digest.hexdigest()
+
+    def sync(self) -> None:
+        """Flush what was written to the disk."""
+        for handle in self._open.values():
+            os.fsync(handle)
+
+    def finish(self) -> None:
+        """Write headers and what is late; each file ends where its data ends. The files are not synced."""
+        for file in self.files:
+            late = {slot.name: self.late[slot.name] for slot in file.slots if slot.late}
+            handle = self._open[file.name]
+            place = file.size - sum(slot.bytes for slot in file.slots if slot.late)
+            tail = b"".join(late.values())
+            write_all(handle, memoryview(tail), place)
+            os.ftruncate(handle, place + len(tail))
+            write_all(handle, memoryview(file.head({name: len(data) for name, data in late.items()})), 0)
+
+    def _write(self, name: str, data: memoryview, at: int) -> None:
+        file, place = self._places[name]
+        write_all(self._open[file], data, place + at)
+        self.tell(len(data))
+
+
+def write_all(handle: int, data: memoryview, place: int) -> None:
+    """Write all of some bytes at a place of a file."""
+    while len(data):
+        count = os.pwrite(handle, data, place)
+        data, place = data[count:], place + count
+
+
+def fill(directory: Path, files: Sequence[FileLayout], tensors: Mapping[str, Tensor | bytes], tell: Tell) -> Sink:
+    """Write every tensor of some files, all of them being in memory; bytes are what is late."""
+    with Sink(directory, files, tell=tell) as sink:
+        for file in files:
+            for slot in file.slots:
+                value = tensors[slot.name]
+                put: Callable[..., None] = sink.put_late if isinstance(value, bytes) else sink.put
+                put(slot.name, value)
+        sink.finish()
+    return sink

@@ -1,0 +1,76 @@
+"""Tensors of files by name, read one at a time with pread: nothing is mapped, and what was read can be forgotten."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from surgery.checkpoint.header import Header, TensorInfo
+from surgery.checkpoint.tensors import DTYPES, bytes_of
+from surgery.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+STRETCH = 1 << 23  # bytes copied at a time
+
+
+class Source:
+    """The tensors of some files, open for reading by any number of threads."""
+
+    def __init__(self, headers: Iterable[Header]) -> None:
+        self.infos: dict[str, TensorInfo] = {}
+        self._files: dict[str, Path] = {}
+        self._open: dict[Path, int] = {}
+        for header in headers:
+            self._open[header.path] = os.open(header.path, os.O_RDONLY)
+            for info in header.tensors:
+                self.infos[info.name] = info
+                self._files[info.name] = header.path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.infos
+
+    def read(self, name: str) -> Tensor:
+        """A tensor on the CPU. Errors: S411 truncated since its header was read, S412 a dtype that torch lacks."""
+        info, path = self.infos[name], self._files[name]
+        if info.dtype not in DTYPES:
+            raise CheckpointError.of("S412", f"`{path}`: {name} has dtype {info.dtype}, which is not supported")
+        tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        self._read_into(name, bytes_of(tensor), 0)
+        return tensor
+
+    def stretches(self, name: str) -> Iterator[tuple[int, memoryview]]:
+        """A tensor's bytes, a stretch at a time, each with its place in the tensor. The memory is used again."""
+        info = self.infos[name]
+        size = info.stop - info.start
+        held = memoryview(bytearray(min(STRETCH, size)))
+        for at in range(0, size, STRETCH):
+            data = held[: min(STRETCH, size - at)]
+            self._read_into(name, data, at)
+            yield at, data
+
+    def _read_into(self, name: str, data: memoryview, at: int) -> None:
+        place, path = self.infos[name].start + at, self._files[name]
+        while len(data):
+            count = os.preadv(self._open[path], [data], place)
+            if not count:
+                raise CheckpointError.of("S411", f"`{path}` is truncated inside {name}")
+            data, place = data[count:], place + count

@@ -96,7 +96,12 @@ class Chooser:
 
     def glob(self, selector: Glob) -> list[Part]:
         pattern = compiled(selector.pattern)
-        found = [whole(part) for part in self.anatomy.parts if pattern.fullmatch(part.path)]
+        found = [
+            whole(part)
+            for part in self.anatomy.parts
+            if pattern.fullmatch(part.path)
+            or (part.kind == "experts" and pattern.fullmatch(f"{part.path}.{part.parameter}"))
+        ]
         if not found:
             raise no_match(self.anatomy, selector)
         return [part for part in found if part.kind in self.kinds]

@@ -19,7 +19,7 @@ from surgery.cli.sizes import directory_size
 @output_option
 @force_option
 def command(directory: Path, form: str, base: str, name: str | None, output: Path, force: bool) -> None:
-    """Put the LoRA in DIR on its base, and save both as `surgery apply` would."""
+    """Put the adapter in DIR on its base, and save both as `surgery apply` would."""
     from surgery.checkpoint.staging import check_target
 
     check_target(output, force)

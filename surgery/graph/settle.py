@@ -34,6 +34,12 @@ class Settling(Rewritten):
         object.__setattr__(self, "added", tuple(name for name in self.added if name in used))
         self.graph = lower(without(self.full, self.off))
 
+    def settled(self, name: str) -> Tensor:
+        """A tensor by its name, or by the one that it would have after a merge."""
+        node = next((node for node in self.full.nodes if node.meta.get("folds_to") == name), None)
+        with torch.no_grad():
+            return self.get_parameter(name).detach() if node is None else self._value(node)
+
     def _value(self, node: fx.Node) -> Tensor:
         """The value of a node that depends on tensors alone."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)

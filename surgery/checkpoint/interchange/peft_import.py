@@ -1,148 +1,98 @@
-"""A LoRA that PEFT wrote, as a program of ours on the same base: ordinary statements, with PEFT's numbers in them."""
+"""An adapter that PEFT wrote, as a program of ours on the same base: ordinary statements with PEFT's numbers."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from surgery.anatomy.select import compiled
-from surgery.checkpoint import tensors as files
-from surgery.checkpoint.header import read_header
-from surgery.checkpoint.interchange.peft import ROOT
-from surgery.errors import CheckpointError
+from surgery.checkpoint.interchange import from_front, from_ia3, from_lora
+from surgery.checkpoint.interchange.from_base import trained
+from surgery.checkpoint.interchange.peft_files import Given, cannot, read
+from surgery.compiler.drafts import Drafts
+from surgery.compiler.plan import Plan
 
 Model = TypeVar("Model", bound=nn.Module)
-OURS = {
-    "lora_A.weight": "lora_A",
-    "lora_B.weight": "lora_B",
-    "lora_embedding_A": "lora_A",
-    "lora_embedding_B": "lora_B",
-    "lora_magnitude_vector": "lora_magnitude",
-}
-# Options of PEFT that change what is computed, and the values at which they do not.
-SILENT: Mapping[str, tuple[Any, ...]] = {
-    "bias": (None, "none"),
-    "modules_to_save": (None, []),
-    "lora_bias": (None, False),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "alora_invocation_tokens": (None, []),
-}
+Statements = dict[str, dict[tuple[str, str], Tensor]]
+"""By statement without its name, its tensors by the path and the name that a statement of ours gives them."""
+READERS: Mapping[str, Callable[[Given, nn.Module], Statements]] = MappingProxyType(
+    {
+        "LORA": from_lora.statements,
+        "IA3": from_ia3.statements,
+        "PROMPT_TUNING": from_front.prompt,
+        "P_TUNING": from_front.prompt,
+        "PREFIX_TUNING": from_front.prefix,
+    }
+)
 
 
 def import_peft(path: str | Path, model: Model, *, name: str | None = None) -> Model:
-    """The base under the LoRA of a PEFT directory; the same object comes back, transformed.
+    """The base under the adapter of a PEFT directory; the same object comes back, transformed.
 
-    name: what to call the adapter, `as NAME`. Plain, rank-stabilised and DoRA, of Linear, Conv1D and Embedding, with
-    rank and alpha patterns.
-    Errors: S410 to S413 the files, S452 what is not a LoRA of PEFT or says what we cannot, and those of `apply`.
+    name: what to call the adapter, `as NAME`. LoRA of Linear, Conv1D, Embedding and stacked experts: plain,
+    rank-stabilised, DoRA, with patterns and biases; IA3; prompt tuning and p-tuning, whose rows PEFT keeps without the
+    network that made them; prefixes. Biases and modules that were trained beside it become the base's own, with a
+    `train` statement. The model is as it was after an error.
+    Errors: S410 to S413 the files, S452 what says something we cannot or does not fit the base, and those of `plan`.
     """
-    from surgery.compiler import apply, parameters
+    from surgery.compiler import apply, plan
     from surgery.language import parse
 
-    directory = Path(path)
-    config = _config(directory)
-    found = _tensors(directory)
-    text = program(config, found, model, name)
-    apply(parse(text, name=str(directory)), model)
-    ours, before = parameters(model), f"{name}_" if name else ""
+    given = read(Path(path))
+    own = trained(given, model)
+    found = READERS[given.method](Given(given.where, given.config, own.rest), model)
+    ending = f" as {name}" if name else ""
+    text = "\n".join([*(f"{words}{ending}" for words in found), *own.statements])
+    made = plan(parse(text, name=str(given.where)), model)
+    before = f"{name}_" if name else ""
+    tensors = {
+        (place, f"{before}{local}"): tensor for each in found.values() for (place, local), tensor in each.items()
+    }
+    _check(given, made, model, tensors)
+    apply(made, model)
     with torch.no_grad():
-        for module, tensors in found.items():
-            for local, tensor in tensors.items():
-                ours[f"{module}.{before}{OURS[local]}"].copy_(tensor)
+        for (place, local), tensor in tensors.items():
+            _parameter(model.get_submodule(place), local).copy_(tensor)
+        for full, tensor in own.values.items():
+            model.get_parameter(full).copy_(tensor)
     return model
 
 
-def program(
-    config: Mapping[str, Any], found: Mapping[str, Mapping[str, Tensor]], model: nn.Module, name: str | None = None
-) -> str:
-    """The statements that say what the directory says. Error: S452 for places that the base does not have."""
-    modules = dict(model.named_modules())
-    missing = sorted(set(found) - set(modules))
-    if missing:
-        raise _cannot(f"the base has no module `{missing[0]}`, which the adapter is for", "is it this base's adapter?")
-    groups: dict[str, list[str]] = defaultdict(list)
-    for path, tensors in found.items():
-        a = tensors.get("lora_A.weight", tensors.get("lora_embedding_A"))
-        if a is None or not {"lora_B.weight", "lora_embedding_B"} & tensors.keys():
-            raise _cannot(f"`{path}` has half an adapter", "download or copy the directory again")
-        rank, alpha = a.shape[0], _said(config, "alpha_pattern", path, config.get("lora_alpha", 8))
-        if rank != _said(config, "rank_pattern", path, config.get("r", 8)):
-            raise _cannot(f"`{path}` has rank {rank}, and the configuration says another", "")
-        words = [f"lora rank {rank} alpha {_number(alpha)}"]
-        words += [f"dropout {_number(100 * config['lora_dropout'])}%"] if config.get("lora_dropout") else []
-        words += ["scale rs"] if config.get("use_rslora") else []
-        words += ["dora"] if "lora_magnitude_vector" in tensors else []
-        groups[" ".join(words)].append(path)
-    ending = f" as {name}" if name else ""
-    return "\n".join(f"{words} on {_selector(paths, modules)}{ending}" for words, paths in groups.items())
+def _check(given: Given, made: Plan, model: nn.Module, tensors: Mapping[tuple[str, str], Tensor]) -> None:
+    """Errors: S452 unless the program adds exactly these tensors. Drafts are made for it and not installed."""
+    drafts = Drafts(model, hollow=True, seed=0, anew=True)
+    for step in made.steps:
+        for part in step.parts:
+            if step.operation.rewrites(part) and not step.standing:
+                step.operation.rewrite(drafts.site(step, part))
+    wanted: dict[tuple[str, str], Tensor] = {}
+    for draft in drafts:
+        site = draft.finish()
+        held = {name: site._parameters.get(name) for name in site.added}
+        wanted |= {(draft.path, name): tensor for name, tensor in held.items() if tensor is not None}
+    for keys, what in ((wanted.keys() - tensors.keys(), "lacks"), (tensors.keys() - wanted.keys(), "has too many:")):
+        if keys:
+            place, local = min(keys)
+            raise cannot(f"`{given.where}` {what} {local} of {place or 'the model'}", "is it this base's adapter?")
+    for key, tensor in tensors.items():
+        shape = wanted[key].shape
+        if tensor.shape != shape:
+            raise cannot(
+                f"{key[1]} of {key[0] or 'the model'} is {_size(tensor.shape)}, and this base takes {_size(shape)}",
+                "is it this base's adapter?",
+            )
 
 
-def _selector(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> str:
-    """Globs that match these modules and no others: one for a row of layers where that is so."""
-    wanted, chosen = set(paths), []
-    weighted = [path for path, module in modules.items() if isinstance(getattr(module, "weight", None), Tensor)]
-    while wanted:
-        path = min(wanted, key=lambda each: (len(each), each))
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
-        matched = {each for each in weighted if compiled(pattern).fullmatch(each)}
-        if not matched <= set(paths):
-            pattern, matched = path, {path}
-        chosen.append(f'"{pattern}"')
-        wanted -= matched
-    return " + ".join(chosen)
-
-
-def _config(directory: Path) -> Mapping[str, Any]:
-    path = directory / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise _cannot(f"`{path}` cannot be read: {error.strerror or error}", "a directory that PEFT wrote") from None
-    except (ValueError, RecursionError) as error:
-        raise _cannot(f"`{path}` is not JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise _cannot(f"`{path}` is of type {kind}, and only LORA is read", "load it with PEFT")
-    for option, silent in SILENT.items():
-        if config.get(option) not in silent:
-            raise _cannot(f"`{path}` has `{option}`, which no statement of ours says", "load and merge it with PEFT")
-    return config
-
-
-def _tensors(directory: Path) -> dict[str, dict[str, Tensor]]:
-    """Tensors by module and by their name there. Error: S452 for a name that is not of a LoRA."""
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in files.read(read_header(directory / "adapter_model.safetensors")):
-        if name.endswith(".base_layer.weight"):
-            continue  # an embedding's own table, which PEFT saves beside its adapter
-        local = next((each for each in OURS if name.endswith(f".{each}")), None)
-        if local is None or not name.startswith(ROOT):
-            raise _cannot(f"`{directory}` has a tensor `{name}`, which is not of a LoRA", "load it with PEFT")
-        found[name[len(ROOT) : -len(local) - 1]][local] = tensor
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """A tensor that a statement added at a module: in itself, or in the child that stands for what it computes."""
+    (found,) = [held._parameters[name] for held in (module, *module.children()) if name in held._parameters]
+    assert found is not None
     return found
 
 
-def _said(config: Mapping[str, Any], pattern: str, path: str, default: Any) -> Any:
-    """The entry of a pattern for a module: the first whose key ends its path."""
-    for key, value in (config.get(pattern) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", path):
-            return value
-    return default
-
-
-def _number(value: float) -> str:
-    return str(int(value)) if math.isclose(value, round(value), rel_tol=0, abs_tol=0) else repr(float(value))
-
-
-def _cannot(what: str, help: str = "") -> CheckpointError:
-    return CheckpointError.of("S452", what, help=help)
+def _size(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape))

@@ -86,8 +86,9 @@ class Draft:
         for place, order in layers.items():
             if self.lists.single(place.stack):
                 names = {index: name for name, index in self.lists.members[place.stack].items()}
-                prefix = f"{place.stack}." if place.stack else ""
-                self.parts.append((order, Part("layer", "block", prefix + names[place.layer], "")))
+                path = (f"{place.stack}." if place.stack else "") + names[place.layer]
+                rescales = not Edges(self.roles).only_adds(path)
+                self.parts.append((order, Part("layer", "block", path, "", rescales=rescales)))
 
     def edges(self) -> None:
         for edge in Edges(self.roles).find():

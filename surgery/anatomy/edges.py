@@ -25,6 +25,7 @@ PASSES = {
     "_to_copy", "type_as", "alias", "detach", "squeeze", "unsqueeze", "flatten", "unflatten", "mul", "mul_",
     "div", "div_",
 }  # fmt: skip
+SCALING = {"mul", "mul_", "div", "div_"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,22 @@ class Edges:
                     if edge is not None:
                         found.setdefault((edge.role, edge.path), edge)
         return list(found.values())
+
+    def only_adds(self, path: str) -> bool:
+        """Whether what a layer hands on is what it reads, and what its sub-layers add to it."""
+        inside = [node for node in self.trace.nodes if node in self.flow.stream and within(owner(node), path)]
+        last = [node for node in inside if any(not within(owner(user), path) for user in self.trace.readers[node])]
+        seen, waiting = set(last), list(last)
+        while waiting:
+            node = waiting.pop()
+            if not within(owner(node), path):
+                continue
+            sources = [source for source in node.all_input_nodes if source in self.flow.stream]
+            if operator_name(node) not in ADDS | PASSES - SCALING or len(sources) != 1:
+                return False
+            waiting += [source for source in sources if source not in seen]
+            seen.update(sources)
+        return bool(last)
 
     def branches(self, addition: fx.Node) -> Iterator[fx.Node]:
         """What an addition adds to the stream, where that is one thing."""

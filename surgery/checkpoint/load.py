@@ -45,7 +45,7 @@ def read(directory: Path, model: nn.Module | None = None, tell: files.Tell = fil
         raise CheckpointError.of("S446", "`model=` is transformed already; give the untransformed base")
     else:
         loaded = LoadedModel(model, manifest.origin or "", directory=directory)
-    plan = _replay(loaded.model, manifest)
+    plan = _replay(loaded.model, manifest, shaped=model is None and manifest.shape == "config")
     _fill(inventory(loaded.model), manifest, headers, tell)
     remember(loaded.model, plan, manifest.untrained)
     _switch_off(loaded.model, manifest.inactive)
@@ -62,7 +62,7 @@ def load_either(spec: str, meta: bool = False) -> LoadedModel:
         return read(directory)
     manifest = Manifest.read(directory)
     loaded = _base(directory, manifest, meta=True)
-    remember(loaded.model, _replay(loaded.model, manifest))
+    remember(loaded.model, _replay(loaded.model, manifest, shaped=manifest.shape == "config"))
     return loaded
 
 
@@ -112,15 +112,15 @@ def _base(directory: Path, manifest: Manifest, meta: bool = False) -> LoadedMode
     return load_base_meta(manifest.origin) if meta else load_base(manifest.origin)
 
 
-def _replay(model: nn.Module, manifest: Manifest) -> Plan:
-    """Rewrite the structure as the plan says: no seeds drawn, no data computed."""
+def _replay(model: nn.Module, manifest: Manifest, shaped: bool) -> Plan:
+    """Rewrite the structure as the plan says: no seeds drawn, no data computed. shaped: see `Manifest.shape`."""
     from surgery.compiler import Plan, perform
 
     try:
         plan = Plan.from_json(manifest.plan)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError.of("S440", f"the manifest's plan cannot be read ({error})") from None
-    perform(plan, model, hollow=True)
+    perform(plan, model, hollow=True, shaped=shaped)
     return plan
 
 

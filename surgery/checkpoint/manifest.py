@@ -35,6 +35,7 @@ class Manifest:
 
     program: canonical text. plan: the resolved sites, as `Plan.to_json`. model_class: `module:QualName`.
     origin: MODEL that the base came from, None where only its class is known.
+    shape: `config` where config.json says the model's widths and layers, `replay` where the plan changes them again.
     settings: what config.json leaves out (attention implementation). ties: name -> name of the tensor it is.
     trainable: parameters that require gradients, or will once their adapter is on. inactive: adapters that were off.
     untrained: those of the trainable ones that were still as they started, which a later program may start anew.
@@ -54,6 +55,7 @@ class Manifest:
     untrained: tuple[str, ...] = ()
     inactive: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
+    shape: str = "config"
     settings: Mapping[str, Any] = field(default_factory=dict)
     promises: Mapping[str, Any] | None = None
     format: int = FORMAT

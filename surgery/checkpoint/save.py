@@ -85,7 +85,8 @@ def write_manifest(
     from surgery import __version__
     from surgery.compiler.switch import active, names, resting
 
-    plan, rested = model.__dict__["_surgery"].plan, resting(model)
+    record, rested = model.__dict__["_surgery"], resting(model)
+    plan = record.plan
     Manifest(
         version=__version__,
         program=str(plan.program),
@@ -103,6 +104,7 @@ def write_manifest(
         untrained=tuple(untrained),
         inactive=tuple(sorted(names(model) - set(active(model)))),
         extras=found.packed.extras,
+        shape=record.shape,
         settings=_settings(model),
     ).write(directory / NAME)
 
@@ -165,10 +167,11 @@ def _dtype(held: Mapping[str, Held]) -> torch.dtype | None:
 
 
 def _write_config(model: nn.Module, directory: Path, found: Content) -> None:
-    """config.json as `from_pretrained` reads it."""
+    """config.json as `from_pretrained` reads it; as it was before the model was reshaped, where that is replayed."""
     if not hasattr(getattr(model, "config", None), "to_json_file"):
         return
-    config: Any = copy.deepcopy(model.config)
+    record = model.__dict__["_surgery"]
+    config: Any = copy.deepcopy(record.config if record.shape == "replay" else model.config)
     config.architectures = [type(model).__name__]
     config.dtype = _dtype(found.held)
     if found.packed.config is not None:

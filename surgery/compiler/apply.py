@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,12 +16,15 @@ from surgery.compiler.drafts import Drafts, place_of
 from surgery.compiler.plan import Plan, Step
 from surgery.compiler.plan import plan as make_plan
 from surgery.compiler.record import ATTRIBUTE, Record, continued, record_of, trained_since, unselected
+from surgery.compiler.reshape import reshape
 from surgery.compiler.switch import refuse_routed, rest
 from surgery.compiler.training import declare
 from surgery.errors import PlanError
 from surgery.graph import entry, soft_entry
 from surgery.graph.fingerprint import fingerprints
 from surgery.graph.module import added_parameters
+from surgery.graph.shaping import Shaping
+from surgery.graph.undo import unharmed
 from surgery.language.program import Program
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,7 +69,7 @@ def apply(
                 step.statement.span,
                 help="pass tokenizer=..., or use a model directory that has tokenizer files",
             )
-    return perform(plan, model, tokenizer=tokenizer, tell=tell)
+    return perform(plan, model, tokenizer=tokenizer, inputs=example_inputs, tell=tell)
 
 
 def perform(
@@ -73,15 +77,32 @@ def perform(
     model: Model,
     *,
     hollow: bool = False,
+    shaped: bool = False,
     tokenizer: Any = None,
+    inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     tell: Tell = lambda amount: None,
 ) -> Model:
     """Rewrite the model as planned. hollow: structure only, new tensors on the meta device, for loading into.
 
+    shaped: the model has the shape already that the plan gives it.
     Of a model that was transformed before, the places that the plan changes are written again, as one program would.
     """
     refuse_routed(model)
     context = Context(model, tokenizer, plan.program.seed, plan.anatomy)
+    reshaping = [] if shaped else [step for step in plan.reshaping if step in starting(plan, model)]
+    if not reshaping:
+        return _perform(plan, model, context, hollow, tell)
+    assert plan.given is not None, "a plan that reshapes knows the model before"
+    with unharmed(model):
+        config = copy.deepcopy(getattr(model, "config", None))
+        shaping = Shaping(model, plan.given, plan.program.seed, tokenizer, hollow, inputs=inputs)
+        shape = reshape(reshaping, shaping)
+        _perform(plan, model, context, hollow, tell)
+        model.__dict__[ATTRIBUTE] = replace(model.__dict__[ATTRIBUTE], shape=shape, config=config)
+    return model
+
+
+def _perform(plan: Plan, model: Model, context: Context, hollow: bool, tell: Tell) -> Model:
     begun = starting(plan, model)
     places = {place_of(part) for step in begun for part in step.parts}
     before = {} if hollow else fingerprints(model, unselected(plan, model))

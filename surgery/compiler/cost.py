@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -40,6 +40,11 @@ class Cost:
     @property
     def trainable(self) -> int:
         return sum(self.added) + self.base_trained
+
+    def after(self, changed: Sequence[int]) -> Cost:
+        """The same where the first steps have changed the model itself by so many bytes each."""
+        rest = self.bytes[len(changed) :]
+        return replace(self, bytes_before=self.bytes_before - sum(changed), bytes=(*changed, *rest))
 
     def steps_json(self) -> list[dict[str, int]]:
         trained = self.trained or (0,) * len(self.added)

@@ -12,7 +12,7 @@ from surgery.anatomy.parts import Part
 from surgery.compiler.apply import Tell
 from surgery.compiler.cost import Cost
 from surgery.compiler.plan import Plan, Step
-from surgery.compiler.record import ATTRIBUTE, record_of, remembered
+from surgery.compiler.record import ATTRIBUTE, Record, record_of, remembered
 from surgery.compiler.some import fold_some, refuse_dependent
 from surgery.compiler.switch import RESTED, check_names, names, refuse_routed, rest
 from surgery.compiler.training import declare, trained
@@ -70,7 +70,7 @@ def merge(model: Model, *, only: Sequence[str] = (), keep: bool = False, tell: T
             fold_into(module, wanted)
             stacked.add(path)
     _untie(model)
-    left = _what_is_left(record.plan, model, wanted, set(folded) | stacked)
+    left = _what_is_left(record, model, wanted, set(folded) | stacked)
     if left.steps:
         declare(left, model)
         model.__dict__[ATTRIBUTE] = remembered(left, model)
@@ -94,8 +94,9 @@ def _all_on(model: nn.Module) -> None:
         )
 
 
-def _what_is_left(plan: Plan, model: nn.Module, wanted: frozenset[str], folded: set[str]) -> Plan:
-    """The plan whose result the merged model is: the steps and parts that still have a graph."""
+def _what_is_left(record: Record, model: nn.Module, wanted: frozenset[str], folded: set[str]) -> Plan:
+    """The plan whose result the merged model is: what still has a graph, or a shape of its own."""
+    plan = record.plan
 
     def stays(step: Step, part: Part) -> bool:
         if not _stands(model.get_submodule(part.path), part):
@@ -106,7 +107,8 @@ def _what_is_left(plan: Plan, model: nn.Module, wanted: frozenset[str], folded: 
 
     steps = []
     graphs = any(step.operation.rewrites(part) and stays(step, part) for step in plan.steps for part in step.parts)
-    for step in plan.steps if graphs else ():  # what else was said holds while there is something of ours in the model
+    shape = plan.reshaping if record.shape == "replay" else ()
+    for step in plan.steps if graphs else shape:  # what else was said holds while something of ours is in the model
         parts = tuple(part for part in step.parts if not step.operation.rewrites(part) or stays(step, part))
         if parts or not step.parts:
             settled = _settled(step, model, wanted)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from surgery.compiler.cost import Cost
+    from surgery.compiler.record import Record
+    from surgery.compiler.reshape import Reshaped
 
 PHASES = get_args(Phase)
 NOTHING = Union(())
@@ -49,12 +51,16 @@ class Step:
             **({"notes": list(operation.notes()), "sizes": operation.sizes()} if operation.sizes() else {}),
             **({"freezes": True} if operation.freezes else {}),
             **({"standing": True} if self.standing else {}),
+            **({"sign": operation.sign} if operation.sign != "~" else {}),
         }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in the order in which they are done, which does not depend on the order of the statements."""
+    """Steps in the order in which they are done, which does not depend on the order of the statements.
+
+    anatomy: of the model that most steps act on. given: of the model before, where some steps reshape it.
+    """
 
     program: Program
     anatomy: Anatomy
@@ -62,6 +68,12 @@ class Plan:
     cost: Cost
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    given: Anatomy | None = None
+
+    @property
+    def reshaping(self) -> tuple[Step, ...]:
+        """The steps that change the model itself, in order; their parts are of the model as it was given."""
+        return tuple(step for step in self.steps if step.operation.reshapes())
 
     @property
     def places(self) -> int:
@@ -78,8 +90,8 @@ class Plan:
         return {
             "format": 1,
             "model": self.anatomy.model,
-            "stacks": [[stack.name, stack.path, stack.depth] for stack in self.anatomy.stacks],
-            "anatomy": [part.to_json() for part in self.anatomy.parts],
+            **_anatomy_json(self.anatomy),
+            **({"given": _anatomy_json(self.given)} if self.given is not None else {}),
             "program": str(self.program),
             "seed": self.program.seed,
             "steps": [
@@ -96,14 +108,27 @@ class Plan:
         from surgery.compiler.cost import Cost
         from surgery.language import parse
 
-        stacks = tuple(Stack(*stack) for stack in data["stacks"])
-        anatomy = Anatomy(data["model"], stacks, tuple(map(Part.from_json, data["anatomy"])))
+        anatomy = _read_anatomy(data)
+        given = _read_anatomy({"model": data["model"], **data["given"]}) if "given" in data else None
         steps = tuple(
             Step(_read(step["statement"], step.get("sizes", {})), tuple(map(Part.from_json, step["parts"])))
             for step in data["steps"]
         )
         program = replace(parse(data["program"]), seed=data["seed"])
-        return cls(program, anatomy, steps, Cost.from_json(data), tuple(data["warnings"]), tuple(data.get("notes", ())))
+        told = tuple(data["warnings"]), tuple(data.get("notes", ()))
+        return cls(program, anatomy, steps, Cost.from_json(data), *told, given)
+
+
+def _anatomy_json(anatomy: Anatomy) -> dict[str, Any]:
+    return {
+        "stacks": [[stack.name, stack.path, stack.depth] for stack in anatomy.stacks],
+        "anatomy": [part.to_json() for part in anatomy.parts],
+    }
+
+
+def _read_anatomy(data: Mapping[str, Any]) -> Anatomy:
+    stacks = tuple(Stack(*stack) for stack in data["stacks"])
+    return Anatomy(data["model"], stacks, tuple(map(Part.from_json, data["anatomy"])))
 
 
 def _read(text: str, sizes: dict[str, Any]) -> Statement:
@@ -142,42 +167,74 @@ def plan(
         anatomy = again.retied(record.plan.anatomy, model)
     if tokenizer is not None:
         program = replace(program, statements=tuple(_told(each, tokenizer) for each in program.statements))
-    resolved, shared = _steps(program, anatomy, model)
+    given, shape = anatomy, None
+    first, shared = _steps([each for each in program.statements if each.operation.reshapes()], given, model)
+    if first:
+        shape = _reshaped(first, record, model, given, example_inputs)
+        model, anatomy = shape.model, shape.anatomy
+    rest = [each for each in program.statements if not each.operation.reshapes()]
+    resolved, others = _steps(rest, anatomy, model)
     if record is not None:
         program = again.joined(record.plan.program, program)
         resolved += [replace(step, standing=True) for step in record.plan.steps]
-    steps, idle = settle(sorted(resolved, key=_order), model)
+    steps, idle = settle(sorted([*first, *resolved], key=_order), model)
     found = conflicts(steps) or broken_rows(steps)
     if record is not None and not found:
         found = again.too_late(steps, record, model)
     if found:
         raise PlanError(*found)
     cost = measure(steps, model, program.seed, None if record is None else record.plan.cost)
+    if shape is not None:
+        cost = cost.after(shape.changed)
     found = idle_optimizers(steps, cost.trainable)
     if found:
         raise PlanError(*found)
-    told = (*shared, *idle, *cost.unmerged, *warnings(steps, anatomy, model))
-    notes = tuple(note for step in steps for note in step.operation.chosen(step.parts, anatomy, model))
-    return Plan(program, anatomy, steps, cost, told, notes)
+    acting = [step for step in steps if not step.operation.reshapes()]
+    told = (*shared, *others, *idle, *cost.unmerged, *warnings(acting, anatomy, model))
+    if shape is not None:
+        told = (*shape.told, *told)
+    notes = tuple(note for step in acting for note in step.operation.chosen(step.parts, anatomy, model))
+    before = given if shape is not None else None if record is None else record.plan.given
+    return Plan(program, anatomy, steps, cost, tuple(dict.fromkeys(told)), notes, before)
+
+
+def _reshaped(
+    steps: list[Step], record: Record | None, model: nn.Module, anatomy: Anatomy, example_inputs: Any
+) -> Reshaped:
+    """The model as statements that reshape it leave it, in their order. Errors: PlanError S103, S132, S133."""
+    from surgery.compiler.reshape import double
+
+    steps.sort(key=_order)
+    if record is not None:
+        raise PlanError.of(
+            "S133",
+            f"`{steps[0].statement}` reshapes a model on which `{record.plan.steps[0].statement}` acts already",
+            steps[0].statement.span,
+            help="apply both to the base as one program, or merge the model first",
+        )
+    found = conflicts(steps)
+    if found:
+        raise PlanError(*found)
+    return double(steps, model, anatomy, example_inputs)
 
 
 def _order(step: Step) -> tuple[int, str]:
     return PHASES.index(step.operation.phase), str(step.statement)
 
 
-def _steps(program: Program, anatomy: Anatomy, model: nn.Module) -> tuple[list[Step], list[str]]:
+def _steps(statements: Iterable[Statement], anatomy: Anatomy, model: nn.Module) -> tuple[list[Step], list[str]]:
     """The statements with their parts, and what to warn of where modules stand in several places."""
     shared = standings(model)
     steps: list[Step] = []
     warnings: list[str] = []
     problems: list[Diagnostic] = []
-    for statement in program.statements:
+    for statement in statements:
         try:
             chosen = _chosen(statement.operation.sees(anatomy, model), statement)
             parts = _parts(statement, at_one_place(chosen, shared))
             statement = _sized(statement, parts, model)
         except SurgeryError as error:
-            problems += error.diagnostics
+            problems += (replace(each, span=each.span or statement.span) for each in error.diagnostics)
             continue
         warnings += elsewhere(statement, chosen, shared)
         problems += _misfits(statement, parts)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,11 +22,15 @@ class Record:
 
     untouched: of the tensors that no statement selected, before anything was done. start: of all tensors when it was
     done. Of a model that was loaded, both are from after that, and `start` leaves out what is trained.
+    shape: how a loader comes by the model's shape: its configuration says it, or the plan's reshaping is replayed on a
+    model of the configuration before, `config`.
     """
 
     plan: Plan
     untouched: Mapping[str, str]
     start: Mapping[str, str]
+    shape: str = "config"
+    config: Any = None
 
 
 def continued(record: Record | None, done: Record, kept: Collection[str]) -> Record:
@@ -35,7 +40,7 @@ def continued(record: Record | None, done: Record, kept: Collection[str]) -> Rec
     untouched = {name: record.untouched.get(name, print_) for name, print_ in done.untouched.items()}
     start = {name: print_ for name, print_ in done.start.items() if name not in kept}
     start.update({name: record.start[name] for name in kept if name in record.start})
-    return Record(done.plan, untouched, start)
+    return Record(done.plan, untouched, start, record.shape, record.config)
 
 
 def unselected(plan: Plan, model: nn.Module) -> list[str]:
@@ -76,7 +81,11 @@ def remembered(plan: Plan, model: nn.Module, untrained: Collection[str] = ()) ->
     now = fingerprints(model)
     moved = {*added_parameters(model), *trained(plan, model)} - set(untrained)
     frozen = {name: print_ for name, print_ in now.items() if name not in moved}
-    return Record(plan, {name: now[name] for name in unselected(plan, model)}, frozen)
+    held = record_of(model)
+    untouched = {name: now[name] for name in unselected(plan, model)}
+    return (
+        Record(plan, untouched, frozen) if held is None else replace(held, plan=plan, untouched=untouched, start=frozen)
+    )
 
 
 def record_of(model: nn.Module) -> Record | None:

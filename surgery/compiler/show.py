@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-SYMBOLS = {"attach": "+", "train": "+", "shrink": "-", "route": "+"}
+SYMBOLS = {"attach": "+", "train": "+"}
 
 
 def show(plan: Mapping[str, Any]) -> str:
     """What changes by statement, role and layers; what is added, what it costs, what a merge does; warnings last."""
     totals = plan["totals"]
-    depth = ", ".join(f"{depth} {name} layers" for name, _, depth in plan["stacks"])
+    before = {path: depth for _, path, depth in plan.get("given", plan)["stacks"]}
+    depth = ", ".join(f"{_depth(before.get(path), depth)} {name} layers" for name, path, depth in plan["stacks"])
     head = [plan["model"], depth, f"{short(totals['parameters'])} parameters", size(totals["bytes_before"])]
     lines = ["Plan for " + ", ".join(filter(None, head)), ""]
     for step in plan["steps"]:
@@ -23,8 +24,12 @@ def show(plan: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _depth(before: int | None, after: int) -> str:
+    return f"{after}" if before in (None, after) else f"{before} -> {after}"
+
+
 def _step(step: Mapping[str, Any]) -> list[str]:
-    symbol = "-" if step.get("freezes") else SYMBOLS.get(step["phase"], "~")
+    symbol = "-" if step.get("freezes") else step.get("sign") or SYMBOLS.get(step["phase"], "~")
     rows = []
     for parts in _groups(step["parts"]):
         first = parts[0]

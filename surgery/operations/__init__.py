@@ -18,6 +18,7 @@ GROUP = "surgery.operations"
 TABLE: Mapping[str, str] = MappingProxyType(
     {
         "adapter": "surgery.operations.adapter:Adapter",
+        "drop": "surgery.operations.drop:Drop",
         "quantize": "surgery.operations.quantize:Quantize",
         "freeze": "surgery.operations.freeze:Freeze",
         "ia3": "surgery.operations.ia3:Ia3",
@@ -28,6 +29,7 @@ TABLE: Mapping[str, str] = MappingProxyType(
         "prompt": "surgery.operations.prompt:Prompt",
         "prune": "surgery.operations.prune:Prune",
         "ptuning": "surgery.operations.ptuning:Ptuning",
+        "repeat": "surgery.operations.repeat:Repeat",
         "train": "surgery.operations.train:Train",
         "shots": "surgery.operations.shots:Shots",
     }

@@ -34,7 +34,7 @@ from surgery.operations.options import (
 if TYPE_CHECKING:
     from surgery.anatomy.parts import Anatomy, Kind, Part
 
-Phase = Literal["shrink", "mask", "route", "quantize", "attach", "train", "schedule"]
+Phase = Literal["shrink", "route", "depth", "mask", "quantize", "attach", "train", "schedule"]
 Start = Literal["chance", "weight", "full weight", "model"]
 Granularity = Literal["part", "tensor", "module"]
 
@@ -60,6 +60,7 @@ class Operation:
     keeps_zeros: ClassVar[bool] = False  # merged into a pruned weight, it leaves the zeros
     one_of: ClassVar[tuple[str, ...]] = ()  # options of which one has to be said
     freezes: ClassVar[bool] = False  # its parts are taken out of what others train
+    sign: ClassVar[str] = "~"  # in a plan: `+` adds, `-` takes away
 
     def __post_init__(self) -> None:
         for declared in schema(type(self)):
@@ -176,7 +177,18 @@ class Operation:
 
     def rewrites(self, part: Part) -> bool:
         """Whether the graph of this part is rewritten; False where only the tensors there are concerned."""
-        return True
+        return not self.reshapes()
+
+    @classmethod
+    def reshapes(cls) -> bool:
+        """Whether it changes the model itself, its widths, experts or layers, before all other statements act on it."""
+        return cls.phase in ("shrink", "route", "depth")
+
+    def reshape(self, parts: Sequence[Part], shaping: Any) -> None:
+        """Changes the model in place, on shapes alone as well, and tells `shaping` what its configuration should say.
+
+        Tensors are replaced and never written into, so that a failure later on can put everything back.
+        """
 
     def sees(self, anatomy: Anatomy, model: Any) -> Anatomy:
         """What its selector is resolved on, where that is more than the parts of the study."""

@@ -11,6 +11,7 @@ from types import MappingProxyType
 FORMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "adapter": ("adapter bottleneck 2 after ffn", "adapter bottleneck 2 beside ffn"),
+        "drop": ("drop layers 1",),
         "freeze": ("freeze norm",),
         "ia3": ("ia3 on attn.v",),
         "instruct": ('instruct "w5 w6"', 'instruct "w7 w8" cached'),
@@ -21,6 +22,7 @@ FORMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "prune": ("prune magnitude 50% on attn.v",),
         "ptuning": ("ptuning v1 2 via mlp 3", "ptuning v2 2"),
         "quantize": ("quantize attn.v nf4",),
+        "repeat": ("repeat layers 1", "repeat layers 1 silent"),
         "shots": ('shots 1 from "examples.jsonl"',),
         "train": ("train norm", "train attn.v", "train bias add"),
     }

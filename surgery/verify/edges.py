@@ -72,7 +72,7 @@ def edges_called(subject: Subject) -> Iterator[Finding]:
 
 
 def _edges(subject: Subject) -> Iterator[tuple[Step, Part, Edge]]:
-    for step in subject.plan.steps:
+    for step in subject.steps:
         for part in step.parts:
             edge = attached(subject.model, part) if part.kind == "edge" else None
             if edge is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
-from surgery.verify import edges, places, sparsity, stacks, text, whole
+from surgery.verify import edges, places, shape, sparsity, stacks, text, whole
 from surgery.verify.report import Finding
 from surgery.verify.subject import Subject
 
@@ -13,7 +13,7 @@ Check = Callable[[Subject], Iterator[Finding]]
 
 PROMISES: Mapping[str, tuple[Check, ...]] = MappingProxyType(
     {
-        "complete": (whole.complete, edges.edges_called),
+        "complete": (whole.complete, edges.edges_called, shape.as_planned),
         "identity_at_init": (
             places.identity_at_init,
             whole.attention_identity,

@@ -25,7 +25,7 @@ def exact_sparsity(subject: Subject) -> Iterator[Finding]:
     `weight_mask` beside each weight. With `global_` the count is that of all its places together, with `by_row` that of
     each row.
     """
-    for step in subject.plan.steps:
+    for step in subject.steps:
         if "exact_sparsity" not in step.operation.promises():
             continue
         counts = [_count(subject.model, step, part) for part in step.parts]

@@ -66,7 +66,7 @@ def _finding(promise: str, part: Part, error: float, statement: str, note: str, 
 def _distinct(subject: Subject) -> list[tuple[Step, Part, nn.Module, int]]:
     """One module of each kind for each statement and stack, and how many there are of it."""
     groups: dict[object, list[tuple[Step, Part, nn.Module]]] = {}
-    for step in subject.plan.steps:
+    for step in subject.steps:
         for part in step.parts:
             module = subject.model.get_submodule(part.path)
             made = module._modules.get(CHILD)

@@ -58,6 +58,11 @@ class Subject:
     seed: int = 0
 
     @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps that act on the model as it is; those that gave it its shape have parts of the model before."""
+        return tuple(step for step in self.plan.steps if not step.operation.reshapes())
+
+    @property
     def runs(self) -> bool:
         """Whether the whole model can be run, and not only its places."""
         return self.kwargs is not None and not any(tensor.is_meta for tensor in self.model.parameters())
@@ -81,7 +86,7 @@ class Subject:
     def places(self) -> tuple[Place, ...]:
         """Projections and lookups that were rewritten, one of each kind."""
         visits: dict[int, list[tuple[Step, Part]]] = {}
-        for step in self.plan.steps:
+        for step in self.steps:
             for part in step.parts:
                 if not part.apart and step.operation.rewrites(part):
                     visits.setdefault(id(self.model.get_submodule(part.path)), []).append((step, part))

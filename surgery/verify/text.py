@@ -23,7 +23,7 @@ from surgery.verify.whole import attention_steps, attention_switched
 def soft_equals_hard(subject: Subject) -> Iterator[Finding]:
     """Same output as with the text's tokens in front of the inputs, where the model is causal or the text is embedded
     in front of an encoder's tokens, and until something is trained."""
-    for step in subject.plan.steps:
+    for step in subject.steps:
         if "soft_equals_hard" not in step.operation.promises():
             continue
         statement = str(step.statement)

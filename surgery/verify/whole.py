@@ -64,7 +64,7 @@ def attention_identity(subject: Subject) -> Iterator[Finding]:
 
 def complete(subject: Subject) -> Iterator[Finding]:
     """Every part of every statement is rewritten in the model that runs."""
-    for step in subject.plan.steps:
+    for step in subject.steps:
         parts = [part for part in step.parts if step.operation.rewrites(part)]
         attached = step.operation.phase == "attach"
         missing = [part.path for part in parts if not _has(subject.model, part, str(step.statement), attached)]
@@ -138,7 +138,7 @@ def round_trip(subject: Subject) -> Iterator[Finding]:
 
 def attention_steps(subject: Subject) -> list[Step]:
     kinds = ("attention", "entry")
-    return [step for step in subject.plan.steps if any(part.kind in kinds for part in step.parts)]
+    return [step for step in subject.steps if any(part.kind in kinds for part in step.parts)]
 
 
 def _not_run(promise: str, statement: str) -> Finding:

@@ -19,7 +19,7 @@ from surgery.operations.forms import FORMS
 from tests import zoo
 from tests.reference_decoder import Shape, reference_decoder
 
-SHAPE = Shape(layers=1)
+SHAPE = Shape(layers=2)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ class Content:
         plain = {key: state.text() for key, state in self.packed.states.items() if state.offset is None}
         return {**self.packed.maps, **plain}
 
-    @property
+    @cached_property
     def _following(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for key, state in self.packed.states.items():

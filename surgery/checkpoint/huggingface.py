@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
-    "PICKLES", "TOKENIZER_FILES", "config", "dtype_of", "find_class", "load", "quiet", "skeleton",
+    "PICKLES", "TOKENIZER_FILES", "config", "converts", "dtype_of", "find_class", "load", "quiet", "skeleton",
     "skeleton_of", "tokenizer",
 ]  # fmt: skip
 
@@ -60,7 +60,9 @@ def skeleton(directory: Path, *, meta: bool) -> nn.Module:
     meta: everything on the meta device; otherwise parameters are unwritten memory and buffers hold their values.
     """
     cls, settings = _class_and_config(directory)
-    return skeleton_of(cls, settings, _dtype(directory, settings), meta=meta, where=directory)
+    model = skeleton_of(cls, settings, _dtype(directory, settings), meta=meta, where=directory)
+    _remember_generation(model, directory)
+    return model
 
 
 def skeleton_of(
@@ -75,6 +77,15 @@ def skeleton_of(
         model.tie_weights()
     model.name_or_path = str(where)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _remember_generation(model: nn.Module, directory: Path) -> None:
+    """How to generate, as the directory says it, where it does."""
+    if (directory / "generation_config.json").is_file() and getattr(model, "generation_config", None) is not None:
+        from transformers import GenerationConfig
+
+        with quiet(), _told(directory):
+            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
 
 
 def tokenizer(directory: Path) -> Any | None:
@@ -134,6 +145,16 @@ def find_class(name: str) -> Any | None:
     if found is None or not issubclass(found, transformers.PreTrainedModel):
         return None
     return found
+
+
+def converts(model: nn.Module) -> bool:
+    """Whether transformers computes with other tensors than it stores for this model, such as fused experts."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:
+        return False
+    return any(not isinstance(each, WeightRenaming) for each in get_model_conversion_mapping(model))
 
 
 @contextmanager

@@ -60,6 +60,12 @@ def load_meta(spec: str) -> LoadedModel:
     return LoadedModel(huggingface.skeleton(directory, meta=True), _origin(spec, directory), directory=directory)
 
 
+def is_directory(spec: str) -> bool:
+    """Whether MODEL is a directory of files in its library's form, not code and no output of ours."""
+    path = Path(spec).expanduser()
+    return spec == "demo" or (path.is_dir() and not (path / MANIFEST).exists())
+
+
 def demo_directory() -> Path:
     """Where the demonstration model lies. Error: S402 when its package is not installed."""
     # find_spec does not import the package, which would want its own dependencies.

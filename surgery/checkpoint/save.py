@@ -68,8 +68,8 @@ def save(
             values |= found.values(name, one.tensor)
         digests = fill(partial, found.files, values, tell).digests
         write_index(partial, found.weights)
-        _write_config(model, partial, found)
-        _write_tokenizer(model, partial, origin, tokenizer)
+        write_config(model, partial, found)
+        write_tokenizer(model, partial, origin, tokenizer)
         write_manifest(model, partial, found, digests, origin, untrained(record, model))
 
 
@@ -166,12 +166,13 @@ def _dtype(held: Mapping[str, Held]) -> torch.dtype | None:
     return next((dtype for dtype in ours if dtype.is_floating_point), None)
 
 
-def _write_config(model: nn.Module, directory: Path, found: Content) -> None:
+def write_config(model: nn.Module, directory: Path, found: Content) -> None:
     """config.json as `from_pretrained` reads it; as it was before the model was reshaped, where that is replayed."""
     if not hasattr(getattr(model, "config", None), "to_json_file"):
         return
-    record = model.__dict__["_surgery"]
-    config: Any = copy.deepcopy(record.config if record.shape == "replay" else model.config)
+    record = model.__dict__.get("_surgery")
+    replayed = record is not None and record.shape == "replay"
+    config: Any = copy.deepcopy(record.config if replayed else model.config)
     config.architectures = [type(model).__name__]
     config.dtype = _dtype(found.held)
     if found.packed.config is not None:
@@ -182,7 +183,7 @@ def _write_config(model: nn.Module, directory: Path, found: Content) -> None:
         generation.save_pretrained(directory)
 
 
-def _write_tokenizer(model: nn.Module, directory: Path, origin: str | None, tokenizer: Any | None) -> None:
+def write_tokenizer(model: nn.Module, directory: Path, origin: str | None, tokenizer: Any | None) -> None:
     """The tokenizer given, or the files beside the base."""
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

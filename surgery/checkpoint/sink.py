@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -44,16 +44,21 @@ class Sink:
         while self._open:
             os.close(self._open.popitem()[1])
 
+    def write(self, values: Mapping[str, Tensor | bytes]) -> list[str]:
+        """Write tensors; bytes are what is late. Gives their names."""
+        for name, value in values.items():
+            if isinstance(value, bytes):
+                self.late[name] = value
+            else:
+                self.put(name, value)
+        return list(values)
+
     def put(self, name: str, tensor: Tensor) -> None:
         """Write a tensor, in row-major order."""
         data = bytes_of(tensor)
         if self.wanted:
             self.digests[name] = hashlib.blake2b(data, digest_size=DIGEST).hexdigest()
         self._write(name, data, 0)
-
-    def put_late(self, name: str, data: bytes) -> None:
-        """Keep what is late until `finish`."""
-        self.late[name] = data
 
     def copy(self, name: str, source: Source, key: str) -> None:
         """Write a tensor of a source as it lies there, never all of it in memory."""
@@ -97,10 +102,6 @@ def write_all(handle: int, data: memoryview, place: int) -> None:
 def fill(directory: Path, files: Sequence[FileLayout], tensors: Mapping[str, Tensor | bytes], tell: Tell) -> Sink:
     """Write every tensor of some files, all of them being in memory; bytes are what is late."""
     with Sink(directory, files, tell=tell) as sink:
-        for file in files:
-            for slot in file.slots:
-                value = tensors[slot.name]
-                put: Callable[..., None] = sink.put_late if isinstance(value, bytes) else sink.put
-                put(slot.name, value)
+        sink.write(tensors)
         sink.finish()
     return sink

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -44,6 +45,17 @@ class Source:
         """Close all files."""
         while self._open:
             os.close(self._open.popitem()[1])
+
+    def fingerprint(self) -> dict[str, object]:
+        """What there is to read, by names, sizes, times and headers, and who reads it."""
+        from surgery import __version__
+
+        files = []
+        for path, handle in sorted(self._open.items()):
+            status = os.fstat(handle)
+            begin = os.pread(handle, 8 + int.from_bytes(os.pread(handle, 8, 0), "little"), 0)
+            files.append([str(path), status.st_size, status.st_mtime_ns, hashlib.blake2b(begin).hexdigest()])
+        return {"source": files, "version": __version__}
 
     def __contains__(self, name: str) -> bool:
         return name in self.infos

@@ -36,17 +36,27 @@ def command(program: str, model: str, output: Path, settings: dict[str, str], fo
 
     check_target(output, force)
     from surgery.checkpoint.load import load_either
-    from surgery.checkpoint.save import bytes_of, save
+    from surgery.checkpoint.models import is_directory
 
     with progress(f"reading {model}"):
-        loaded = load_either(model)
+        loaded = load_either(model, meta=is_directory(model))
+        from surgery.checkpoint.save import bytes_of, save
+        from surgery.checkpoint.streaming import stream, whole_because
         from surgery.compiler import apply, plan
     tokenizer = tokenizer_for(parsed, loaded)
     with progress(f"studying {model}"):
         made = plan(parsed, loaded.model, example_inputs=loaded.example_inputs, tokenizer=tokenizer)
-    with progress("applying", lambda: made.places) as tell:
-        apply(made, loaded.model, tokenizer=tokenizer, tell=tell)
-    with progress(f"writing {output}", lambda: bytes_of(loaded.model)) as tell:
-        save(loaded.model, output, force=force, origin=loaded.origin, tell=tell)
-    click.echo(str(loaded.model.__dict__["_surgery"].plan))
+    if loaded.directory is not None and whole_because(made, loaded) is None:
+        with progress(f"writing {output}", lambda: made.cost.bytes_after) as tell:
+            stream(made, loaded.directory, output, origin=loaded.origin, tokenizer=tokenizer, force=force, tell=tell)
+    else:
+        if is_directory(model):
+            with progress(f"reading {model}"):
+                loaded = load_either(model)
+        with progress("applying", lambda: made.places) as tell:
+            apply(made, loaded.model, tokenizer=tokenizer, tell=tell)
+        with progress(f"writing {output}", lambda: bytes_of(loaded.model)) as tell:
+            save(loaded.model, output, force=force, origin=loaded.origin, tell=tell)
+        made = loaded.model.__dict__["_surgery"].plan
+    click.echo(str(made))
     click.echo(f"\nSaved in {output} ({directory_size(output)}).")

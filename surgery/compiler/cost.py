@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0, base: Cost |
 
     base: of a model that was transformed before, what was measured then.
     """
-    from surgery.compiler.drafts import Drafts
+    from surgery.compiler.drafts import Drafts, visited
 
     if base is None:
         held = {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -95,7 +95,7 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0, base: Cost |
     seen: dict[object, list[tuple[int, int, int]]] = {}
     problems: list[Diagnostic] = []
     unmerged: list[str] = []
-    for place, visits in _places(steps):
+    for place, visits in visited(steps):
         kind = _kind(model, steps, place, visits)
         if kind not in seen:
             try:
@@ -128,18 +128,6 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0, base: Cost |
 
 def _count(held: Mapping[int, Tensor]) -> int:
     return sum(tensor.numel() for tensor in held.values())
-
-
-def _places(steps: Sequence[Step]) -> Iterable[tuple[tuple[str, str], list[tuple[int, Part]]]]:
-    """Every place that is rewritten with the steps that act there, in order."""
-    from surgery.compiler.drafts import way_of
-
-    places: dict[tuple[str, str], list[tuple[int, Part]]] = {}
-    for index, step in enumerate(steps):
-        for part in step.parts:
-            if step.operation.rewrites(part):
-                places.setdefault((part.path, way_of(part).family), []).append((index, part))
-    return places.items()
 
 
 def _kind(model: nn.Module, steps: Sequence[Step], place: tuple[str, str], visits: list[tuple[int, Part]]) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -29,12 +29,15 @@ def ours(standing: Rewritten) -> dict[str, Any]:
 class AnyDraft(Protocol):
     """A place being rewritten. `finish` may fail and touches nothing of the model; `install` changes it.
 
-    standing: what an earlier program has put there.
+    standing: what an earlier program has put there. home: the path where its tensors will be.
     """
 
     path: str
     root: nn.Module
     standing: Rewritten | None
+
+    @property
+    def home(self) -> str: ...
 
     def finish(self) -> Rewritten: ...
 
@@ -111,6 +114,16 @@ def way_of(part: Part) -> Way:
 def place_of(part: Part) -> tuple[str, str]:
     """Equal for parts that share a draft."""
     return part.path, way_of(part).family
+
+
+def visited(steps: Sequence[Step]) -> Iterable[tuple[tuple[str, str], list[tuple[int, Part]]]]:
+    """Every place that is rewritten with the steps that act there, in order."""
+    places: dict[tuple[str, str], list[tuple[int, Part]]] = {}
+    for index, step in enumerate(steps):
+        for part in step.parts:
+            if step.operation.rewrites(part):
+                places.setdefault(place_of(part), []).append((index, part))
+    return places.items()
 
 
 class Drafts:

@@ -90,6 +90,11 @@ class AttentionDraft:
         """Whether the module stays, and what is rewritten is a child of it."""
         return self.by_interface or self.by_cache
 
+    @property
+    def home(self) -> str:
+        """Where its tensors will be."""
+        return f"{self.path}.{attention_interface.CHILD}".lstrip(".") if self.has_child else self.path
+
     def _traced(self, module: nn.Module) -> fx.Graph:
         refusal = attention_interface.out_of_reach(module, self.path)
         if refusal is not None:
@@ -168,8 +173,7 @@ class AttentionSite(Site):
     @property
     def installed_path(self) -> str:
         """Where the tensors of this site will be."""
-        child = attention_interface.CHILD
-        return f"{self.path}.{child}" if self.draft.has_child else self.path
+        return self.draft.home
 
     @property
     def query(self) -> fx.Node:

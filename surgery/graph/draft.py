@@ -116,6 +116,11 @@ class Draft:
     def graph(self) -> fx.Graph:
         return self.captured.graph
 
+    @property
+    def home(self) -> str:
+        """Where its tensors will be."""
+        return self.path
+
     def tensor(self, name: str) -> Tensor:
         """A tensor of the site by its name; of one that codes have replaced, the tensor that was there."""
         value: Tensor = self.replaced[name] if name in self.replaced else getattr(self.root, name)
@@ -139,12 +144,16 @@ class Draft:
             self.made.follow(self.standing)
         return self.made
 
+    def settle(self) -> None:
+        """Do what was put off to the end."""
+        for action in self.actions:
+            action()
+
     def install(self, model: nn.Module) -> Rewritten:
         """Put the finished module wherever the original stands."""
         module = self.finish()
         self.replaced.clear()
-        for action in self.actions:
-            action()
+        self.settle()
         for parent, name in self.slots:
             parent._modules[name] = module
         for name, parameter in self.original._parameters.items():

@@ -98,6 +98,11 @@ class EdgeDraft:
         else:
             self.original, self.added, self.graph = nn.Module().train(module.training), [], untouched()
 
+    @property
+    def home(self) -> str:
+        """Where its tensors will be."""
+        return f"{self.path}.{CHILD}".lstrip(".")
+
     def tensor(self, name: str) -> Tensor:
         """A tensor of the site by its name."""
         value: Tensor = getattr(self.root, name)

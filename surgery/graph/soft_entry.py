@@ -73,6 +73,11 @@ class EntryDraft:
             self.graph.output(self.graph.call_function(soft.nothing))
         self.root.register_buffer("like", torch.empty(0, dtype=self.dtype, device=self.device), persistent=False)
 
+    @property
+    def home(self) -> str:
+        """Where its tensors will be."""
+        return f"{self.path}.{soft.CHILD}".lstrip(".")
+
     def tensor(self, name: str) -> Tensor:
         """A tensor of the entry by its name."""
         value: Tensor = getattr(self.root, name)

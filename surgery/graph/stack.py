@@ -68,6 +68,11 @@ class StackDraft:
             self.original, self.added, self.graph = nn.Module().train(module.training), [], fx.Graph()
             self.graph.output(())
 
+    @property
+    def home(self) -> str:
+        """Where its tensors will be."""
+        return f"{self.path}.{CHILD}".lstrip(".")
+
     def tensor(self, name: str) -> Tensor:
         """A tensor of the site by its name."""
         value: Tensor = getattr(self.root, name)

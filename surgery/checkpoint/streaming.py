@@ -1,0 +1,141 @@
+"""`surgery apply` on a directory, place by place: read, transform, write, forget. Memory follows the largest place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.checkpoint import huggingface
+from surgery.checkpoint.content import content
+from surgery.checkpoint.header import Header, check_checkpoint
+from surgery.checkpoint.inventory import inventory
+from surgery.checkpoint.layout import write_index
+from surgery.checkpoint.save import write_config, write_manifest, write_tokenizer
+from surgery.checkpoint.sink import Sink
+from surgery.checkpoint.source import Source
+from surgery.checkpoint.staging import resumed
+from surgery.checkpoint.tensors import DTYPES, Tell, silent
+from surgery.checkpoint.work import work_through
+from surgery.compiler.apply import perform
+from surgery.compiler.record import parameters
+from surgery.compiler.stream import Place, Stream, whole_model
+from surgery.graph.blank import empty_out
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgery.checkpoint.models import LoadedModel
+    from surgery.compiler import Plan
+
+
+def whole_because(plan: Plan, loaded: LoadedModel) -> str | None:
+    """Why a plan needs all of a model in memory; None where its directory can be streamed. loaded: on meta.
+
+    The one place where that is decided.
+    """
+    if "_surgery" in loaded.model.__dict__:
+        return "the model was transformed before"
+    if loaded.directory is None:
+        return "the model is made by code"
+    return whole_model(plan) or unlike(loaded.model, check_checkpoint(loaded.directory))
+
+
+def unlike(model: nn.Module, headers: Sequence[Header]) -> str | None:
+    """How a model's tensors differ from those in its files, where they do: names, shapes, dtypes, several of a tie."""
+    found = {info.name: info for header in headers for info in header.tensors}
+    names: dict[int, list[str]] = {}
+    tensors = dict(model.state_dict(keep_vars=True))
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    for several in names.values():
+        held = [found[name] for name in several if name in found]
+        tensor = tensors[several[0]]
+        if len(held) != 1:
+            return f"{several[0]} lies in its files {'twice' if held else 'under another name'}"
+        if held[0].shape != tuple(tensor.shape) or DTYPES.get(held[0].dtype) != tensor.dtype:
+            return f"{several[0]} has another shape or dtype in its files"
+    if huggingface.converts(model):
+        return "its library stores tensors in another form than it computes with"
+    return None
+
+
+def stream(
+    plan: Plan, directory: Path, output: Path, *, origin: str, tokenizer: Any = None, force: bool, tell: Tell = silent
+) -> None:
+    """Carry out a plan on a Hugging Face directory, for which `whole_because` has no reason, into a new directory.
+
+    The same bytes as `apply` and `save` give; what is there appears whole or not at all, and a run that was killed is
+    gone on with. Errors: those of `apply` and `save`; S434 and S435 as `staging.resumed` says.
+    """
+    work = Applying(plan, directory, tokenizer)
+    fingerprint = {"program": [str(plan.program), plan.program.seed], **work.source.fingerprint()}
+    with (
+        work.source,
+        resumed(output, fingerprint, work.found.size, force) as (partial, journal),
+        Sink(partial, work.found.files, tell=tell) as sink,
+    ):
+        work_through(work, sink, journal)
+        sink.finish()
+        write_index(partial, work.found.weights)
+        write_config(work.hollow, partial, work.found)
+        write_tokenizer(work.hollow, partial, origin, None)
+        trained = parameters(work.hollow)
+        started = [name for name, _ in work.hollow.named_parameters() if name in trained]
+        write_manifest(work.hollow, partial, work.found, sink.digests, origin, started)
+
+
+class Applying:
+    """What is to be done, in units that depend on nothing but themselves. hollow: the result without numbers."""
+
+    def __init__(self, plan: Plan, directory: Path, tokenizer: Any = None) -> None:
+        self.hollow = perform(plan, huggingface.skeleton(directory, meta=True), hollow=True)
+        self.model = huggingface.skeleton(directory, meta=False)
+        empty_out(self.model)
+        self.found = content(self.hollow, directory)
+        self.source = Source(check_checkpoint(directory))
+        self.streams = Stream(plan, self.model, tokenizer)
+        # By every name that the model has for a tensor, the one that its files have.
+        self.origins = {
+            name: origin
+            for one in inventory(self.model).values()
+            for origin in one.names
+            if origin in self.source
+            for name in one.names
+        }
+        at_places = {name for place in self.streams.places for name in place.reads}
+        order = {path: index for index, (path, _) in enumerate(self.model.named_modules(remove_duplicate=False))}
+        copies: dict[str, list[str]] = {}
+        self.constants: list[str] = []
+        for name in self.found.held:
+            if name in self.streams.base and name not in at_places:
+                if name in self.origins:
+                    copies.setdefault(name.rpartition(".")[0], []).append(name)
+                else:
+                    self.constants.append(name)
+        todo: list[tuple[int, Place | list[str]]] = [
+            *((order[place.key[0]], place) for place in self.streams.places),
+            *((order[path], names) for path, names in copies.items()),
+        ]
+        self._todo = [one for _, one in sorted(todo, key=lambda pair: pair[0])]
+        self.units = len(self._todo) + 1
+
+    def do(self, unit: int, sink: Sink) -> list[str]:
+        """Carry out one unit; the last one writes what no weight decides."""
+        if unit == len(self._todo):
+            values = self.found.constants()
+            for name in self.constants:
+                values |= self.found.values(name, self.model.get_buffer(name))
+            return sink.write(values)
+        todo = self._todo[unit]
+        if isinstance(todo, Place):
+            made = self.streams.at(todo, {name: self.source.read(self.origins[name]) for name in todo.reads})
+            return [
+                key
+                for name, tensor in made.items()
+                if name in self.found.held
+                for key in sink.write(self.found.values(name, tensor))
+            ]
+        for name in todo:
+            sink.copy(self.found.key(name), self.source, self.origins[name])
+        return [self.found.key(name) for name in todo]

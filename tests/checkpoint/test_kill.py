@@ -1,0 +1,132 @@
+"""A run that is killed leaves what was there; the next one goes on, and ends with the bytes of one undisturbed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import surgery
+from surgery.checkpoint import sink as sinks
+from surgery.checkpoint import work
+from surgery.checkpoint.models import load_meta
+from surgery.checkpoint.staging import staged
+from surgery.checkpoint.streaming import Applying, stream
+from surgery.errors import CheckpointError
+from tests import zoo
+from tests.checkpoint.test_streaming import files
+
+PROGRAM = "prune magnitude 50% on ffn; lora rank 2 dora on attn"
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process that it forks")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    zoo.tiny("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    return tmp_path / "base"
+
+
+def run(base: Path, name: str, program: str = PROGRAM, force: bool = False) -> Path:
+    plan = surgery.plan(surgery.parse(program), load_meta(str(base)).model)
+    stream(plan, base, base.parent / name, origin=str(base), force=force)
+    return base.parent / name
+
+
+def killed(base: Path, name: str, at: int, force: bool = False) -> bool:
+    """Run in another process that dies at a write; whether it did, or was done before."""
+    child = os.fork()
+    if not child:
+        count, write = 0, sinks.write_all
+
+        def counted(*args: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(*args)
+
+        sinks.write_all = counted
+        work.PAUSE = 0
+        try:
+            run(base, name, force=force)
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("at", [1, 5, 20, 45])
+def test_resumed_to_the_same_bytes(at: int, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = files(run(base, "whole"))
+    assert killed(base, "out", at)
+    assert sorted(os.listdir(base.parent)) == [".out.partial", "base", "whole"]
+    done: list[int] = []
+    do = Applying.do
+    monkeypatch.setattr(Applying, "do", lambda self, unit, sink: done.append(unit) or do(self, unit, sink))
+    assert files(run(base, "out")) == whole
+    assert sorted(os.listdir(base.parent)) == ["base", "out", "whole"]
+    units = Applying(surgery.plan(surgery.parse(PROGRAM), load_meta(str(base)).model), base).units
+    assert len(done) == len(set(done)) <= units
+    assert (len(done) < units) == (at > 5)
+
+
+def test_killed_again_and_again(base: Path) -> None:
+    whole = files(run(base, "whole"))
+    kills = sum(killed(base, "out", 9) for _ in range(12))
+    assert kills >= 3
+    assert files(run(base, "out", force=True)) == whole
+
+
+def test_what_is_replaced_stays_until_the_end(base: Path) -> None:
+    before = files(run(base, "out", "train norm"))
+    assert killed(base, "out", 20, force=True)
+    assert files(base.parent / "out") == before
+    assert files(run(base, "out", force=True)) != before
+    assert sorted(os.listdir(base.parent)) == ["base", "out"]
+
+
+def refused(code: str, base: Path, program: str = PROGRAM) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        run(base, "out", program)
+    assert caught.value.diagnostics[0].code == code
+    assert not (base.parent / "out").exists()
+    return str(caught.value)
+
+
+def test_another_program_or_source_does_not_go_on(base: Path) -> None:
+    assert killed(base, "out", 20)
+    assert "another program" in refused("S434", base, "train norm")
+    path = next(base.glob("*.safetensors"))
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    os.utime(path, ns=(times[0], times[1] + 1))
+    assert "another source" in (said := refused("S434", base))
+    os.utime(path, ns=times)
+    assert len(files(run(base, "out"))) > 3
+    assert f"rm -r {base.parent / '.out.partial'}" in said
+
+
+def test_a_run_without_a_journal_does_not_clear_one(base: Path) -> None:
+    assert killed(base, "out", 20)
+    with pytest.raises(CheckpointError, match="S434"), staged(base.parent / "out"):
+        pytest.fail("the block must not run")
+    assert (base.parent / ".out.partial" / "journal").stat().st_size > 100
+
+
+def test_two_runs_to_one_place(base: Path) -> None:
+    with staged(base.parent / "out") as partial:
+        (partial / "a").write_text("1")
+        refused("S435", base)
+    assert sorted(os.listdir(base.parent / "out")) == ["a"]
+
+
+def test_space_is_looked_for_first(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
+    monkeypatch.setattr(sinks, "write_all", lambda *args: pytest.fail("nothing must be written"))
+    assert "are free" in refused("S433", base)
+    assert sorted(os.listdir(base.parent)) == ["base"]

@@ -1,0 +1,103 @@
+"""A directory that is streamed gives the very bytes of the model that was loaded, transformed and saved."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import surgery
+from surgery.checkpoint.models import load, load_meta
+from surgery.checkpoint.streaming import stream, whole_because
+from surgery.language import load_program
+from tests import zoo
+
+SPECS = sorted((Path(__file__).parents[2] / "specs").glob("*.surgery"))
+PROGRAMS = {
+    "quantized": "quantize base nf4 double",
+    "several": "quantize ffn fp4 block 128; lora rank 2 dora on attn",
+    "pruned": "prune magnitude 50% on ffn; prune random 25% rows on attn.o",
+    "attached": "lora rank 2 on all linear; prefix 3 gated on all layers as front",
+    "many": "prune random 30% on ffn; quantize attn.o nf4; lora rank 2 init pissa on attn.o; ia3; train norm",
+    "adapters": "adapter bottleneck 3 after ffn; quantize base nf4",
+    "lookups": "lora rank 2 on embed; train bias add",
+    "shared": "prefix 5 via mlp 4 on all layers",
+    "front": "ptuning v1 5 via mlp 6",
+}
+
+
+# Specs with a statement that needs all of a model, or a model whose library stores other tensors than it computes with.
+WHOLE = {"calibrated", "experts", "instruct", "prefix", "prompt", "prune", "shots"}
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {name: (directory / name).read_bytes() for name in sorted(os.listdir(directory))}
+
+
+def both_ways(
+    program: Any, source: Path, place: Path, tokenizer: Any = None
+) -> tuple[dict[str, bytes], dict[str, bytes], str | None]:
+    """What is in the directory of the live path, in that of the stream, and why there is none."""
+    loaded = load(str(source))
+    surgery.save(surgery.apply(program, loaded.model, tokenizer=tokenizer), place / "live", origin=loaded.origin)
+    shapes = load_meta(str(source))
+    plan = surgery.plan(program, shapes.model, tokenizer=tokenizer)
+    why = whole_because(plan, shapes)
+    if why is None:
+        stream(plan, source, place / "stream", origin=shapes.origin, force=False)
+        return files(place / "live"), files(place / "stream"), None
+    return files(place / "live"), {}, why
+
+
+FAMILIES = ("llama", "gpt2", "qwen2", "phi3", "bert", "t5")
+PAIRS = [(name, family) for name in PROGRAMS for family in FAMILIES]
+QUICK = [(name, FAMILIES[index % len(FAMILIES)]) for index, name in enumerate(PROGRAMS)]
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in PAIRS]
+)
+def test_same_bytes_for_every_family(name: str, family: str, tmp_path: Path) -> None:
+    dtype = torch.bfloat16 if family in ("llama", "gpt2") else torch.float32
+    zoo.tiny(family, dtype=dtype).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    live, streamed, why = both_ways(surgery.parse(PROGRAMS[name]), tmp_path / "base", tmp_path)
+    assert why is None
+    assert list(live) == list(streamed)
+    assert [file for file in live if live[file] != streamed[file]] == []
+    assert len(json.loads(live["surgery.json"])["tensors"]) > 20
+    assert sorted(os.listdir(tmp_path)) == ["base", "live", "stream"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_every_spec(path: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 12}
+    model = zoo.tiny("mixtral") if path.stem == "experts" else zoo.tiny("llama", **sizes)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer = zoo.tokenizer(61)
+    live, streamed, why = both_ways(load_program(path), tmp_path / "base", tmp_path, tokenizer)
+    assert (why is not None) == (path.stem in WHOLE), why
+    assert why is not None or live == streamed
+
+
+def test_what_cannot_be_streamed_says_why(tmp_path: Path) -> None:
+    zoo.tiny("mixtral").save_pretrained(tmp_path / "experts")
+    model = zoo.tiny("llama")
+    model.save_pretrained(tmp_path / "base")
+    model.double().save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_bytes((tmp_path / "base" / "config.json").read_bytes())
+    reasons = {}
+    for name, text in (
+        ("experts", "train norm"),
+        ("base", "prune magnitude 50% global on ffn"),
+        ("base", "prompt 3 init vocab"),
+        ("other", "train norm"),
+    ):
+        shapes = load_meta(str(tmp_path / name))
+        reasons[f"{name}: {text}"] = whole_because(surgery.plan(surgery.parse(text), shapes.model), shapes)
+    assert all(reasons.values())
+    assert len(set(reasons.values())) == 4

@@ -170,7 +170,7 @@ def write_config(model: nn.Module, directory: Path, found: Content) -> None:
     """config.json as `from_pretrained` reads it; as it was before the model was reshaped, where that is replayed."""
     if not hasattr(getattr(model, "config", None), "to_json_file"):
         return
-    record = model.__dict__.get("_surgery")
+    record: Any = model.__dict__.get("_surgery")
     replayed = record is not None and record.shape == "replay"
     config: Any = copy.deepcopy(record.config if replayed else model.config)
     config.architectures = [type(model).__name__]

@@ -118,7 +118,8 @@ class Front:
     """A forward pre-hook on the module that runs a stack: lets it read its prompts before anything else.
 
     names: of the module's arguments. sites: its attention calls. amounts: by which positions are shifted for them.
-    signature: of the weights that the kept keys and values were computed with.
+    signature: of the weights that the kept keys and values were computed with. asked: the last prompt is read even if
+    all of it is kept, for what it says of the first token.
     """
 
     reading: Reading
@@ -128,12 +129,14 @@ class Front:
     amounts: list[Amounts]
     signature: tuple[Any, ...] = ()
     stored: frozenset[str] = field(default_factory=frozenset)
+    asked: bool = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.reading.busy:
             return
         entry: Any = module._modules[CHILD]
-        prompts = [prompt for prompt in sorted(entry(), key=order) if prompt[1] not in self.stored]
+        found = sorted(entry(), key=order)
+        prompts = [prompt for prompt in found if prompt[1] not in self.stored] or found[-1:] * self.asked
         if not prompts:
             return
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -192,10 +195,9 @@ class Front:
 
     def _goes_on(self, given: dict[str, Any]) -> bool:
         """Whether this is a later step over a cache, for which the prompts were read at the first."""
-        cache = given.get("past_key_values")
-        if cache is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return False
-        return not hasattr(cache, "get_seq_length") or bool(cache.get_seq_length() > 0)
+        return goes_on(given.get("past_key_values"))
 
     def _signature(self, module: nn.Module, prompts: list[tuple[int, str, Tensor]]) -> tuple[Any, ...]:
         versions = tuple(0 if each.is_inference() else each._version for each in module.parameters())
@@ -206,6 +208,11 @@ class Front:
 def order(prompt: tuple[int, str, Tensor]) -> tuple[int, str]:
     """Which of several prompts comes first."""
     return prompt[:2]
+
+
+def goes_on(cache: Any) -> bool:
+    """Whether a model that is called with this cache has read tokens before."""
+    return cache is not None and (not hasattr(cache, "get_seq_length") or bool(cache.get_seq_length() > 0))
 
 
 def lookup_dtype(module: nn.Module) -> torch.dtype:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from surgery.anatomy.entries import FRONT, INSIDE
 from surgery.anatomy.parts import Anatomy, Part
 from surgery.errors import GraphError
-from surgery.graph import soft
+from surgery.graph import soft, soft_loss
 from surgery.graph.attention import AttentionSite
 from surgery.graph.insertion import Insertion
 from surgery.graph.insertion import remove as remove_insertions
@@ -185,6 +185,7 @@ def item(pair: tuple[Any, Any], index: int) -> Any:
 def install(model: nn.Module, anatomy: Anatomy) -> None:
     """Set the hooks of every entry. Repeat it after every change of the model's modules."""
     soft.remove(model)
+    soft_loss.remove(model)
     remove_insertions(model)
     found = [(path, m._modules[soft.CHILD]) for path, m in model.named_modules() if soft.CHILD in m._modules]
     for path, held in found:
@@ -195,7 +196,8 @@ def install(model: nn.Module, anatomy: Anatomy) -> None:
             entrance = Entrance.find(model, Anatomy(anatomy.model, anatomy.stacks, (*anatomy.parts, lookup)), stack)
             Insertion(entrance, Rows(held, model.get_submodule(held.lookup))).install(model)
         else:
-            soft.install_front(model, path, held.lookup)
+            (stack,) = (stack for stack in anatomy.stacks if stack.name == held.stack)
+            soft_loss.install(model, path, stack.path, soft.install_front(model, path, held.lookup))
 
 
 class Rows:

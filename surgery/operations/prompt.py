@@ -27,9 +27,10 @@ class Prompt(Front):
     """Prompt tuning (Lester et al. 2021): n trained embeddings come before those of the tokens.
 
     A causal model reads them first, in every layer, and tokens stand at positions n, n + 1, ...; logits and labels stay
-    those of the tokens. An encoder has them in front of its tokens, and gives out the tokens' states only, unless a
-    decoder attends to them. `init vocab` starts from embeddings of random words, `init text` from those of a text
-    (its own tokens without special ones, repeated or cut to fill n).
+    those of the tokens, and the model's own loss counts the first token too, which the prompt predicts. An encoder has
+    them in front of its tokens, and gives out the tokens' states only, unless a decoder attends to them. `init vocab`
+    starts from embeddings of random words, `init text` from those of a text (its own tokens without special ones,
+    repeated or cut to fill n).
     """
 
     verb: ClassVar[str] = "prompt"

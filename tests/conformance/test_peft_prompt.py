@@ -97,6 +97,33 @@ def test_same_logits_and_gradients(family: str, kind: str) -> None:
     assert (ours.grad - theirs_trained).abs().max() <= 1e-5 * theirs_trained.abs().max()
 
 
+@pytest.mark.parametrize("kind", PROGRAMS)
+@pytest.mark.parametrize("family", CAUSAL)
+def test_same_loss(family: str, kind: str) -> None:
+    """Promise: PEFT's loss and its gradients, with padding on the right, labels that are not counted, and one token."""
+    base = zoo.tiny(family)
+    other, x = theirs(base, kind), zoo.tokens(50, 2, 7)
+    model = studied.apply(PROGRAMS[kind], family, base)
+    fill(model, other.prompt_encoder["default"], kind)
+    mask = torch.ones_like(x)
+    mask[0, 5:] = 0
+    labels = x.masked_fill(mask == 0, -100)
+    labels[1, 2:4] = -100
+    for given in (
+        {"input_ids": x, "attention_mask": mask, "labels": labels},
+        {"input_ids": x, "attention_mask": mask, "labels": labels, "num_items_in_batch": 7},
+        {"input_ids": x[:, :1], "attention_mask": mask[:, :1], "labels": x[:, :1]},
+    ):
+        wanted, got = other(**given).loss, model(**given).loss
+        assert (got - wanted).abs() <= 1e-6 * wanted
+    wanted.backward()
+    got.backward()
+    theirs_trained = other.prompt_encoder["default"].embedding.weight.grad
+    ours = next(t for path, t in surgery.parameters(model).items() if path.endswith(("prompt", "embedding")))
+    assert ours.grad.abs().max() > 0
+    assert (ours.grad - theirs_trained).abs().max() <= 1e-5 * theirs_trained.abs().max()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", PROGRAMS)
 @pytest.mark.parametrize("family", ["t5", "bart"])

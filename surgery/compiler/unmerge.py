@@ -103,7 +103,7 @@ def keep_changes(model: nn.Module, kept: Before | None) -> None:
                 entries.append(Entry(module, store, name, table.get(name), now.get(name), name in table))
     standing = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     entries = _by_rows(entries, standing)
-    merged = {id(entry.became) for entry in entries} & standing.keys()
+    merged = {id(tensor) for entry in entries for tensor in _merged(entry.became)} & standing.keys()
     done = Merge(
         tuple(entries),
         tuple((module, was) for module, was in kept.classes if type(module) is not was),
@@ -114,6 +114,16 @@ def keep_changes(model: nn.Module, kept: Before | None) -> None:
         tuple((standing[key], digest(standing[key])) for key in sorted(merged)),
     )
     model.__dict__[KEPT] = (*model.__dict__.get(KEPT, ()), done)
+
+
+def _merged(became: Any) -> Iterator[Any]:
+    """What the merge has put there: a tensor, or the base's own tensors of a module, whether they have moved or not."""
+    yield became
+    if isinstance(became, nn.Module):
+        ours = became.added if isinstance(became, Rewritten) else ()
+        for name, tensor in (*became._parameters.items(), *became._buffers.items()):
+            if tensor is not None and name not in ours:
+                yield tensor
 
 
 def _by_rows(entries: list[Entry], standing: Mapping[int, Tensor]) -> list[Entry]:

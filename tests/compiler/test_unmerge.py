@@ -14,6 +14,7 @@ import surgery
 from surgery.compiler import record_of
 from surgery.compiler.unmerge import KEPT, Rows
 from surgery.errors import CheckpointError, GraphError
+from surgery.graph.module import rewritten
 from tests import zoo
 from tests.compiler.test_combine import code
 from tests.compiler.test_route import transformed
@@ -213,6 +214,36 @@ def test_what_has_changed_since_is_not_taken_out() -> None:
         tensors = bits(model)
         assert code(lambda model=model: surgery.unmerge(model)) == "S379"
         assert same(bits(model), tensors)
+
+
+@pytest.mark.parametrize("program", ["lora rank 2 on attn.q", "ia3 on attn.k", "lora rank 2 on embed"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_has_changed_is_noticed_where_the_merge_changed_nothing(family: str, program: str) -> None:
+    """An adapter that was not trained yet adds zero: its weights are the base's, and are looked at all the same."""
+    model = surgery.apply(surgery.parse(program), zoo.tiny(family))
+    base = bits(model)
+    surgery.unmerge(surgery.merge(model, keep=True))
+    assert same(bits(model), base)
+    places = [path for path, _ in rewritten(model)]
+    surgery.merge(model, keep=True)
+    with torch.no_grad():
+        next(model.get_submodule(places[-1]).parameters()).view(-1)[-1:].add_(1)
+    tensors = bits(model)
+    assert code(lambda: surgery.unmerge(model)) == "S379"
+    assert same(bits(model), tensors)
+
+
+def test_what_stays_attached_may_be_trained_before_a_merge_comes_out() -> None:
+    model = surgery.apply(
+        surgery.parse("lora rank 2 on attn.q as one\nlora rank 2 on attn.q as two"), zoo.tiny("llama")
+    )
+    surgery.merge(model, only=["one"], keep=True)
+    for tensor in surgery.parameters(model).values():
+        torch.nn.init.ones_(tensor)
+    wanted = {name: tensor.clone() for name, tensor in surgery.parameters(model).items()}
+    surgery.unmerge(model)
+    assert wanted
+    assert all(torch.equal(surgery.parameters(model)[name], tensor) for name, tensor in wanted.items())
 
 
 def test_a_merged_model_is_saved_as_its_library_does(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from surgery.anatomy.parts import Part
 from surgery.errors import PlanError
+from surgery.graph.hooks import drop
 from surgery.graph.module import Rewritten
 from surgery.graph.settle import Settling
 
@@ -224,14 +225,7 @@ def check(model: nn.Module, parts: Iterable[Part], lengths: Mapping[str, int]) -
 
 def install(model: nn.Module, parts: Iterable[Part]) -> None:
     """Shift positions by what the model's attention sites put in front now. Repeat it after every change of them."""
-    for module in model.modules():
-        for hooks, flags in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_with_kwargs),
-        ):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, (FromMask, Shift, Reread))]:
-                del hooks[key]
-                flags.pop(key, None)
+    drop(model, lambda hook: isinstance(hook, (FromMask, Shift, Reread)))
     parts = tuple(parts)
     sites = {path: module for path, module in model.named_modules() if isinstance(module, Shifting)}
     for path in _counting(model, {part.path for part in parts if part.kind == "attention"}):

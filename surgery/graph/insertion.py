@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import GraphError
+from surgery.graph.hooks import drop
 from surgery.graph.insertion_entrance import STATES, Entrance
 from surgery.graph.insertion_layout import Layout, extended, is_mask, marks_padding
 
@@ -213,18 +214,12 @@ class Reader:
 
 def remove(model: nn.Module, insertion: Insertion | None = None) -> None:
     """Take the hooks of an insertion away, or of every one."""
-    for module in model.modules():
-        for key, hook in [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]:
-            owner = hook.insertion if isinstance(hook, Reader) else getattr(hook, "__self__", None)
-            if isinstance(owner, Insertion) and insertion in (None, owner):
-                for store in (
-                    module._forward_pre_hooks,
-                    module._forward_pre_hooks_with_kwargs,
-                    module._forward_hooks,
-                    module._forward_hooks_with_kwargs,
-                    module._forward_hooks_always_called,
-                ):
-                    store.pop(key, None)
+
+    def ours(hook: Any) -> bool:
+        owner = hook.insertion if isinstance(hook, Reader) else getattr(hook, "__self__", None)
+        return isinstance(owner, Insertion) and insertion in (None, owner)
+
+    drop(model, ours)
 
 
 __all__ = ["Call", "Entrance", "Insertion", "Reader", "remove"]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from surgery.errors import GraphError
 from surgery.graph.entry import Amounts, Shifting
+from surgery.graph.hooks import drop
 
 CHILD = "surgery_prompt"
 TOKENS, EMBEDDINGS = "input_ids", "inputs_embeds"
@@ -249,14 +250,7 @@ class Substitute:
 
 def remove(model: nn.Module) -> None:
     """Take the hooks of prompts away."""
-    for module in model.modules():
-        for hooks, flags in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_with_kwargs),
-        ):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, (Front, Substitute))]:
-                del hooks[key]
-                flags.pop(key, None)
+    drop(model, lambda hook: isinstance(hook, (Front, Substitute)))
 
 
 def install_front(model: nn.Module, path: str, lookup: str) -> Front:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from surgery.anatomy.stacks import layers_of
 from surgery.graph import soft
+from surgery.graph.hooks import drop
 from surgery.graph.insertion_layout import Layout, is_mask, marks_padding
 from surgery.graph.module import Rewritten
 
@@ -147,17 +148,7 @@ def install(model: nn.Module, path: str, layers: str, front: soft.Front) -> None
 
 def remove(model: nn.Module) -> None:
     """Take the hooks away."""
-    for module in model.modules():
-        for key, hook in [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]:
-            if isinstance(getattr(hook, "__self__", None), FirstToken):
-                for store in (
-                    module._forward_pre_hooks,
-                    module._forward_pre_hooks_with_kwargs,
-                    module._forward_hooks,
-                    module._forward_hooks_with_kwargs,
-                    module._forward_hooks_always_called,
-                ):
-                    store.pop(key, None)
+    drop(model, lambda hook: isinstance(getattr(hook, "__self__", None), FirstToken))
 
 
 __all__ = ["FirstToken", "install", "remove"]

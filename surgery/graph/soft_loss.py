@@ -49,7 +49,7 @@ class FirstToken:
         self._forget()
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         labels = given.get(LABELS)
-        if not self._of_tokens(labels, given) or soft.goes_on(given.get("past_key_values")):
+        if labels is None or not self._of_tokens(labels, given) or soft.goes_on(given.get("past_key_values")):
             return None
         name = next((each for each in given if is_mask(each) and isinstance(given[each], Tensor)), "")
         self.layout = Layout.behind(1, labels.shape[1], given.get(name), marks_padding(name))

@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 class Content:
     """held: the model's tensors by their first name. packed: what differs for 4-bit weights.
 
-    weights: the files that `from_pretrained` reads. added: what the program added.
+    weights: the files that `from_pretrained` reads. added: what the program added; None of a plain model.
     """
 
     held: Mapping[str, Held]
     packed: Packing
     weights: tuple[FileLayout, ...]
-    added: FileLayout
+    added: FileLayout | None
 
     @property
     def files(self) -> tuple[FileLayout, ...]:
-        return (*self.weights, self.added)
+        return self.weights if self.added is None else (*self.weights, self.added)
 
     @property
     def size(self) -> int:
@@ -88,6 +88,13 @@ def content(model: nn.Module, source: Path | None) -> Content:
     base += [slot_of(key, tensor, _owner(key)) for key, tensor in packed.maps.items()]
     base += [Slot(key, "U8", (state.longest,), _owner(key), late=True) for key, state in packed.states.items()]
     return Content(held, packed, shards(base, shard_size(source)), layout(ADDED, added))
+
+
+def plain(model: nn.Module, source: Path | None) -> Content:
+    """What will be written of a model that has nothing of ours, as its library has it. source: as of `content`."""
+    held = {name: one for name, one in inventory(model).items() if one.persistent}
+    slots = [slot_of(name, one.tensor, name.rpartition(".")[0]) for name, one in held.items()]
+    return Content(held, Packing(), shards(slots, shard_size(source)), None)
 
 
 def _owner(key: str) -> str:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
-    "PICKLES", "TOKENIZER_FILES", "config", "converts", "dtype_of", "find_class", "load", "quiet", "skeleton",
-    "skeleton_of", "tokenizer",
+    "PICKLES", "TOKENIZER_FILES", "config", "converts", "dtype_of", "find_class", "load", "quiet",
+    "remember_generation", "skeleton", "skeleton_of", "tokenizer",
 ]  # fmt: skip
 
 TOKENIZER_FILES = (
@@ -61,7 +61,7 @@ def skeleton(directory: Path, *, meta: bool) -> nn.Module:
     """
     cls, settings = _class_and_config(directory)
     model = skeleton_of(cls, settings, _dtype(directory, settings), meta=meta, where=directory)
-    _remember_generation(model, directory)
+    remember_generation(model, directory)
     return model
 
 
@@ -79,7 +79,7 @@ def skeleton_of(
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _remember_generation(model: nn.Module, directory: Path) -> None:
+def remember_generation(model: nn.Module, directory: Path) -> None:
     """How to generate, as the directory says it, where it does."""
     if (directory / "generation_config.json").is_file() and getattr(model, "generation_config", None) is not None:
         from transformers import GenerationConfig

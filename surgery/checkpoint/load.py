@@ -10,7 +10,7 @@ from surgery.checkpoint import huggingface
 from surgery.checkpoint import tensors as files
 from surgery.checkpoint.header import Header, read_header
 from surgery.checkpoint.inventory import Held, inventory, put
-from surgery.checkpoint.manifest import NAME, Entry, Manifest
+from surgery.checkpoint.manifest import NAME, Manifest
 from surgery.checkpoint.models import LoadedModel
 from surgery.checkpoint.models import load as load_base
 from surgery.checkpoint.models import load_meta as load_base_meta
@@ -40,12 +40,12 @@ def read(directory: Path, model: nn.Module | None = None, tell: files.Tell = fil
     manifest = Manifest.read(directory)
     headers = _headers(directory, manifest)
     if model is None:
-        loaded = _base(directory, manifest)
+        loaded = base(directory, manifest)
     elif "_surgery" in model.__dict__:
         raise CheckpointError.of("S446", "`model=` is transformed already; give the untransformed base")
     else:
         loaded = LoadedModel(model, manifest.origin or "", directory=directory)
-    plan = _replay(loaded.model, manifest, shaped=model is None and manifest.shape == "config")
+    plan = replay(loaded.model, manifest, shaped=model is None and manifest.shape == "config")
     _fill(inventory(loaded.model), manifest, headers, tell)
     remember(loaded.model, plan, manifest.untrained)
     _switch_off(loaded.model, manifest.inactive)
@@ -61,8 +61,8 @@ def load_either(spec: str, meta: bool = False) -> LoadedModel:
     if not meta:
         return read(directory)
     manifest = Manifest.read(directory)
-    loaded = _base(directory, manifest, meta=True)
-    remember(loaded.model, _replay(loaded.model, manifest, shaped=manifest.shape == "config"))
+    loaded = base(directory, manifest, meta=True)
+    remember(loaded.model, replay(loaded.model, manifest, shaped=manifest.shape == "config"))
     return loaded
 
 
@@ -85,7 +85,7 @@ def _same_names(wanted: set[str], held: set[str], where: str) -> None:
             raise CheckpointError.of("S442", f"{where} {what} {len(names)} of the manifest's tensors: {some}")
 
 
-def _base(directory: Path, manifest: Manifest, meta: bool = False) -> LoadedModel:
+def base(directory: Path, manifest: Manifest, meta: bool = False) -> LoadedModel:
     """The base without weights: transformers' own classes from config.json, others from their MODEL."""
     module, _, name = manifest.model_class.partition(":")
     if module.split(".")[0] == "transformers":
@@ -102,6 +102,7 @@ def _base(directory: Path, manifest: Manifest, meta: bool = False) -> LoadedMode
             where=directory,
             options=manifest.settings,
         )
+        huggingface.remember_generation(model, directory)
         return LoadedModel(model, manifest.origin or "", directory=directory)
     if manifest.origin is None or ":" not in manifest.origin:
         raise CheckpointError.of(
@@ -112,7 +113,7 @@ def _base(directory: Path, manifest: Manifest, meta: bool = False) -> LoadedMode
     return load_base_meta(manifest.origin) if meta else load_base(manifest.origin)
 
 
-def _replay(model: nn.Module, manifest: Manifest, shaped: bool) -> Plan:
+def replay(model: nn.Module, manifest: Manifest, shaped: bool) -> Plan:
     """Rewrite the structure as the plan says: no seeds drawn, no data computed. shaped: see `Manifest.shape`."""
     from surgery.compiler import Plan, perform
 
@@ -155,19 +156,16 @@ def _fill(held: dict[str, Held], manifest: Manifest, headers: list[Header], tell
             if key in manifest.extras:
                 continue
             name = names[header.path.name, key]
-            put(held[name], _checked(name, tensor, manifest.tensors[name], held[name]))
+            put(held[name], _checked(name, tensor, manifest, held[name]))
     trainable = set(manifest.trainable)
     for name, one in held.items():
         if one.parameter and one.tensor.is_floating_point():
             one.tensor.requires_grad_(name in trainable)
 
 
-def _checked(name: str, tensor: Tensor, entry: Entry, held: Held) -> Tensor:
+def _checked(name: str, tensor: Tensor, manifest: Manifest, held: Held) -> Tensor:
     """The tensor, its digest and shape being what they should be."""
-    if files.digest(tensor) != entry.digest:
-        raise CheckpointError.of(
-            "S412", f"{name} is not what was saved: its digest differs", help="copy the directory again"
-        )
+    manifest.check(name, files.digest(tensor))
     if tensor.shape != held.tensor.shape:
         raise CheckpointError.of(
             "S442", f"{name} has shape {tuple(tensor.shape)}; this model's is {tuple(held.tensor.shape)}"

@@ -70,6 +70,13 @@ class Manifest:
         data = {"format": data.pop("format"), **data}
         path.write_text(_by_lines(data) + "\n", "utf-8")
 
+    def check(self, name: str, digest: str) -> None:
+        """Errors: S412 for a tensor with another digest than the one that was written."""
+        if digest != self.tensors[name].digest:
+            raise CheckpointError.of(
+                "S412", f"{name} is not what was saved: its digest differs", help="copy the directory again"
+            )
+
     @classmethod
     def read(cls, directory: Path) -> Manifest:
         """Errors: S440 no such file or not ours, S441 written by a newer version."""

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint import huggingface
 from surgery.checkpoint import tensors as files
-from surgery.checkpoint.content import Content, content
+from surgery.checkpoint.content import Content, content, plain
 from surgery.checkpoint.huggingface import TOKENIZER_FILES
 from surgery.checkpoint.inventory import Held, inventory
 from surgery.checkpoint.layout import write_index
-from surgery.checkpoint.manifest import BASE, NAME, Manifest
+from surgery.checkpoint.manifest import NAME, Manifest
 from surgery.checkpoint.sink import fill
 from surgery.checkpoint.staging import staged
 from surgery.errors import CheckpointError
@@ -58,7 +58,7 @@ def save(
     from surgery.compiler.switch import refuse_routed
 
     refuse_routed(model)
-    found = content(model, _base_directory(model, origin))
+    found = content(model, base_directory(model, origin))
     for name, one in found.held.items():
         if one.tensor.is_meta:
             raise CheckpointError.of("S422", f"{name} is on the meta device: there are no weights to save")
@@ -126,15 +126,16 @@ def save_merged(
         save(model, path, force=force, origin=origin, tell=tell)
         return
     with staged(path, force) as partial:
-        save_pretrained: Any = getattr(model, "save_pretrained", None)
-        if save_pretrained is not None:
+        if hasattr(model, "save_pretrained") and huggingface.converts(model):
             with huggingface.quiet():
-                save_pretrained(partial)
-            if source is not None:
-                _copy_tokenizer(source, partial)
+                model.save_pretrained(partial)  # type: ignore[operator]
         else:
-            held = inventory(model)
-            files.write(partial / BASE, {name: one.tensor for name, one in held.items() if one.persistent}, tell)
+            found = plain(model, base_directory(model, origin))
+            fill(partial, found.files, {name: one.tensor for name, one in found.held.items()}, tell)
+            write_index(partial, found.weights)
+            write_config(model, partial, found)
+        if source is not None and hasattr(model, "config"):
+            copy_tokenizer(source, partial)
 
 
 def _standing(plan: Plan, model: nn.Module) -> Plan:
@@ -188,18 +189,18 @@ def write_tokenizer(model: nn.Module, directory: Path, origin: str | None, token
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
         return
-    source = _base_directory(model, origin)
+    source = base_directory(model, origin)
     if source is not None:
-        _copy_tokenizer(source, directory)
+        copy_tokenizer(source, directory)
 
 
-def _copy_tokenizer(source: Path, directory: Path) -> None:
+def copy_tokenizer(source: Path, directory: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file() and not (directory / name).exists():
             shutil.copyfile(source / name, directory / name)
 
 
-def _base_directory(model: nn.Module, origin: str | None) -> Path | None:
+def base_directory(model: nn.Module, origin: str | None) -> Path | None:
     """The directory that the base was read from, while it is still there."""
     for spec in (origin, getattr(model, "name_or_path", None)):
         if spec == "demo":

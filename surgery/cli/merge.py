@@ -25,12 +25,19 @@ def command(out: str, output: Path, force: bool) -> None:
     check_target(output, force)
     from surgery.checkpoint.load import load
     from surgery.checkpoint.manifest import Manifest, total_bytes
+    from surgery.checkpoint.merging import merged_shapes, stream_merge
     from surgery.checkpoint.save import bytes_of, save_merged
+    from surgery.compiler import merge, record_of
 
     manifest = Manifest.read(Path(out))
+    shapes = merged_shapes(Path(out))
+    if shapes is not None:
+        with progress(f"writing {output}", lambda: total_bytes(Path(out))) as tell:
+            stream_merge(Path(out), shapes, output, force=force, tell=tell)
+        click.echo(f"Saved in {output} ({directory_size(output)}).")
+        return
     with progress(f"reading {out}", lambda: total_bytes(Path(out))) as tell:
         model = load(out, tell=tell)
-        from surgery.compiler import merge, record_of
     record = record_of(model)
     with progress("merging", lambda: record.plan.places if record else 0) as tell:
         merged = merge(model, tell=tell)

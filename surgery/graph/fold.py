@@ -96,7 +96,8 @@ def _tried(module: nn.Module, facts: Facts, matrix: Tensor) -> Affine:
 def _hold(module: nn.Module, name: str, value: Tensor, site: Rewritten) -> None:
     """Register a tensor, or the site's own where it says the same."""
     before = site._parameters.get(name)
-    if before is not None and before.dtype == value.dtype and torch.equal(before, value):
+    known = before is not None and not before.is_meta and before.dtype == value.dtype
+    if before is not None and known and torch.equal(before, value):
         module.register_parameter(name, before)
         return
     module.register_parameter(name, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,122 @@
+"""`surgery merge` on a directory, place by place: read what stands there, fold it, write plain weights, forget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.checkpoint import huggingface
+from surgery.checkpoint.content import plain
+from surgery.checkpoint.header import read_header
+from surgery.checkpoint.inventory import inventory, put
+from surgery.checkpoint.layout import write_index
+from surgery.checkpoint.load import base, load_either, replay
+from surgery.checkpoint.manifest import Manifest
+from surgery.checkpoint.save import base_directory, copy_tokenizer, write_config
+from surgery.checkpoint.sink import Sink
+from surgery.checkpoint.source import Source
+from surgery.checkpoint.staging import resumed
+from surgery.checkpoint.tensors import Tell, digest, silent
+from surgery.checkpoint.work import work_through
+from surgery.compiler import merge, record_of
+from surgery.graph.blank import blank, empty_out, lent
+from surgery.graph.fold import fold
+from surgery.graph.module import Rewritten, rewritten
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from surgery.checkpoint.content import Content
+
+
+def merged_shapes(directory: Path) -> nn.Module | None:
+    """What a merge of a directory gives, without numbers; None where it takes all of the model to know, or to do.
+
+    The one place where that is decided: places of which each becomes a plain map of its own can be folded one by one.
+    """
+    manifest = Manifest.read(directory)
+    if manifest.inactive or manifest.model_class.split(".")[0] != "transformers":
+        return None
+    model = load_either(str(directory), meta=True).model
+    tied = {*manifest.ties, *manifest.ties.values()}
+    for path, site in rewritten(model):
+        if site.facts is None or not site.facts.plain or tied & {f"{path}.{name}" for name in site._parameters}:
+            return None
+    merged = merge(model)
+    return None if record_of(merged) is not None or huggingface.converts(merged) else merged
+
+
+def stream_merge(directory: Path, shapes: nn.Module, output: Path, *, force: bool, tell: Tell = silent) -> None:
+    """Merge what `surgery apply` wrote to a directory into a new one. shapes: of `merged_shapes`.
+
+    The same bytes as `merge` and `save_merged` give. Errors: those of `load`; S430 to S435 as `staging.resumed` says.
+    """
+    work = Merging(directory, shapes)
+    fingerprint = {"program": ["merge", str(directory.resolve())], **work.source.fingerprint()}
+    with (
+        work.source,
+        resumed(output, fingerprint, work.found.size, force) as (partial, journal),
+        Sink(partial, work.found.files, tell=tell) as sink,
+    ):
+        work_through(work, sink, journal)
+        sink.finish()
+        write_index(partial, work.found.weights)
+        write_config(shapes, partial, work.found)
+        copy_tokenizer(directory, partial)
+
+
+class Merging:
+    """What is to be done, in units that depend on nothing but themselves."""
+
+    def __init__(self, directory: Path, shapes: nn.Module) -> None:
+        self.manifest = manifest = Manifest.read(directory)
+        self.model = base(directory, manifest).model
+        empty_out(self.model)
+        replay(self.model, manifest, shaped=manifest.shape == "config")
+        for held in inventory(self.model).values():
+            if held.tensor.is_meta:
+                put(held, blank(held.tensor))
+        self.found: Content = plain(shapes, base_directory(self.model, manifest.origin))
+        files = sorted({entry.file for entry in manifest.tensors.values()})
+        self.source = Source(read_header(directory / file) for file in files)
+        self.sites: dict[str, Rewritten] = dict(rewritten(self.model))
+        copies: dict[str, list[str]] = {}
+        for name in self.found.held:
+            path = name.rpartition(".")[0]
+            if path not in self.sites:
+                copies.setdefault(path, []).append(name)
+        order = {path: index for index, (path, _) in enumerate(self.model.named_modules(remove_duplicate=False))}
+        self._todo: list[str | list[str]] = sorted(
+            (*self.sites, *copies.values()),
+            key=lambda one: order[one if isinstance(one, str) else one[0].rpartition(".")[0]],
+        )
+        self.units = len(self._todo)
+
+    def do(self, unit: int, sink: Sink) -> list[str]:
+        """Carry out one unit."""
+        todo = self._todo[unit]
+        if isinstance(todo, str):
+            return sink.write({name: tensor for name, tensor in self._folded(todo).items() if name in self.found.held})
+        for name in todo:
+            sink.copy(name, self.source, self._key(name))
+            self.manifest.check(name, sink.digests[name])
+        return todo
+
+    def _folded(self, path: str) -> dict[str, Tensor]:
+        """The tensors of the plain module that a place becomes."""
+        site = self.sites[path]
+        held = [f"{path}.{name}" for store in (site.named_parameters(), site.named_buffers()) for name, _ in store]
+        read = {name: self.source.read(self._key(name)) for name in held if name in self.manifest.tensors}
+        for name, tensor in read.items():
+            self.manifest.check(name, digest(tensor))
+        with lent(self.model, read):
+            module = fold(site)
+            tensors = {**module._parameters, **module._buffers}
+            made = {f"{path}.{name}": tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.data = blank(parameter)
+        return made
+
+    def _key(self, name: str) -> str:
+        return self.manifest.tensors[name].key or name

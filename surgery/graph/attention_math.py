@@ -37,6 +37,8 @@ def like(prefix: Tensor, states: Tensor, heads: int) -> Tensor:
 
 def prepend(states: Tensor, prefix: Tensor, heads: int) -> Tensor:
     """[prefix; states] along the length."""
+    if not prefix.shape[-2]:
+        return states
     return torch.cat((like(prefix, states, heads), states), dim=-2)
 
 

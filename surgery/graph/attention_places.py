@@ -25,6 +25,8 @@ def prefixed_call_mask(
 
     windowed: position j of the prefix is seen from place p as a token so far in front is, if p + n - j < window.
     """
+    if not positions:
+        return mask
     causal = _causal(module, keywords)
     window = keywords.get("sliding_window") if windowed else None
     seen = None
@@ -100,7 +102,7 @@ def prefixed_keywords(
     it were tokens. Where the model has no table to read this from (cross-attention), the bias is zero.
     """
     bias = keywords.get("position_bias")
-    if bias is None:
+    if bias is None or not positions:
         return keywords
     source = module.surgery_attention.core.distances
     if not source:

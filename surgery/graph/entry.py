@@ -96,7 +96,7 @@ class FromMask:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         mask = given.get("attention_mask")
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        if self.amounts.now == 0 or given.get(self.argument) is not None or tokens is None:
+        if self.amounts.most == 0 or given.get(self.argument) is not None or tokens is None:
             return None
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < tokens.shape[1]:
             return None

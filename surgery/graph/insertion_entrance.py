@@ -66,7 +66,7 @@ class Entrance:
             keeps=keeps,
             readers=tuple(_readers(model, root)) if keeps else (),
             room=_room(model, anatomy, root, owner, part.shape[1]),
-            placeholder=_ordinary(model, part),
+            placeholder=ordinary(model, part),
             width=part.shape[1],
         )
 
@@ -137,7 +137,7 @@ def _within(path: str, above: str) -> bool:
     return above == "" or path == above or path.startswith(f"{above}.")
 
 
-def _ordinary(model: nn.Module, part: Part) -> int:
+def ordinary(model: nn.Module, part: Part) -> int:
     """A token number that neither the table nor the model's configuration gives a meaning of its own."""
     settings = getattr(getattr(model, "config", None), "__dict__", {})
     special = {value for name, value in settings.items() if name.endswith("token_id") and isinstance(value, int)}

@@ -64,6 +64,12 @@ class Layout:
         slot = torch.arange(values.shape[1] - self.n, device=values.device)
         return _taken(values, torch.where(slot < self.left, slot, slot + self.n))
 
+    def last(self, values: Tensor) -> Tensor:
+        """values (batch, n + length, width) at the last of the rows' places: (batch, 1, width)."""
+        if self.left is None:
+            return values[:, self.n - 1 : self.n]
+        return _taken(values, self.left + self.n - 1)
+
     def fits(self, value: Any) -> bool:
         """Whether it is a value for each place, rows' places included."""
         return isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == self.n + self.length

@@ -3,7 +3,7 @@
 What a causal model computes of its first n inputs does not depend on what follows. So a prompt is a prefix whose keys
 and values the model itself computes: before the model runs, its stack reads the rows alone, in one row of a batch; each
 attention call keeps their keys and values, with gradient, and puts them in front as it does with any prefix. Masks,
-padding, caches, positions, labels and logits see nothing of it.
+padding, caches, positions, labels and logits see nothing of it. In training, a plain call reads both in one pass.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.anatomy.parts import Anatomy, Part
 from surgery.errors import GraphError
+from surgery.graph import soft_together
 from surgery.graph.entry import Amounts, Shifting
 from surgery.graph.hooks import drop
+from surgery.graph.soft_together import Together
 
 CHILD = "surgery_prompt"
 TOKENS, EMBEDDINGS = "input_ids", "inputs_embeds"
@@ -120,7 +123,7 @@ class Front:
 
     names: of the module's arguments. sites: its attention calls. amounts: by which positions are shifted for them.
     signature: of the weights that the kept keys and values were computed with. asked: the last prompt is read even if
-    all of it is kept, for what it says of the first token.
+    all of it is kept, for what it says of the first token. together: reads them in one pass with the tokens.
     """
 
     reading: Reading
@@ -131,23 +134,34 @@ class Front:
     signature: tuple[Any, ...] = ()
     stored: frozenset[str] = field(default_factory=frozenset)
     asked: bool = False
+    together: Together | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.reading.busy:
-            return
+            return None
+        if self.reading.waiting:
+            self._set(None, {})
+        if self.together is not None:
+            self.together.forget()
         entry: Any = module._modules[CHILD]
         found = sorted(entry(), key=order)
         prompts = [prompt for prompt in found if prompt[1] not in self.stored] or found[-1:] * self.asked
         if not prompts:
-            return
+            return None
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self._goes_on(given):
             signature = self._signature(module, prompts)
             if signature == self.signature:
-                return
+                return None
         waiting = {of: rows.shape[0] for _, of, rows in prompts}
+        kept = prompts[-1][1] in self.stored
+        if self.together is not None and not kept and self.together.takes(module, given, prompts):
+            self._set(None, waiting)  # until the next call, for checkpoints that run layers again
+            self.signature = ()
+            return self.together.enter(args, given, prompts, self.asked)
         self.read(module, prompts, waiting, {name: given[name] for name in BESIDE if given.get(name) is not None})
         self.signature = () if torch.compiler.is_compiling() else self._signature(module, prompts)
+        return None
 
     def read(
         self, module: nn.Module, prompts: list[tuple[int, str, Tensor]], waiting: dict[str, int], beside: dict[str, Any]
@@ -250,10 +264,14 @@ class Substitute:
 
 def remove(model: nn.Module) -> None:
     """Take the hooks of prompts away."""
-    drop(model, lambda hook: isinstance(hook, (Front, Substitute)))
+    drop(model, _ours)
 
 
-def install_front(model: nn.Module, path: str, lookup: str) -> Front:
+def _ours(hook: Any) -> bool:
+    return isinstance(hook, (Front, Substitute)) or isinstance(getattr(hook, "__self__", None), Together)
+
+
+def install_front(model: nn.Module, anatomy: Anatomy, path: str, lookup: Part) -> Front:
     """Let the module at a path read its prompts. Repeat it after every change of its attention calls."""
     module = model.get_submodule(path)
     sites = [each for each in module.modules() if isinstance(each, Shifting)]
@@ -264,10 +282,11 @@ def install_front(model: nn.Module, path: str, lookup: str) -> Front:
     amounts = list({id(each): each for site in sites for _, each in site.informed}.values())
     names = tuple(inspect.signature(module.forward).parameters)
     stored = frozenset(each.of for each in states if each.stored)
-    front = Front(reading, names, states, sites, amounts, stored=stored)
-    module.register_forward_pre_hook(front, with_kwargs=True)
+    together = soft_together.install(model, anatomy, path, lookup, names)
+    front = Front(reading, names, states, sites, amounts, stored=stored, together=together)
+    module.register_forward_pre_hook(front, with_kwargs=True, prepend=True)  # before positions are counted
     if EMBEDDINGS not in names:
-        module.get_submodule(_below(lookup, path)).register_forward_hook(Substitute(reading))
+        module.get_submodule(_below(lookup.path, path)).register_forward_hook(Substitute(reading))
     return front
 
 

@@ -190,14 +190,15 @@ def install(model: nn.Module, anatomy: Anatomy) -> None:
     found = [(path, m._modules[soft.CHILD]) for path, m in model.named_modules() if soft.CHILD in m._modules]
     for path, held in found:
         assert isinstance(held, SoftEntry)
+        lookup = Part("embed", "lookup", held.lookup, "weight", held.shape)
         if held.role == INSIDE:
             stack = next(stack for stack in anatomy.stacks if stack.name == held.stack)
-            lookup = Part("embed", "lookup", held.lookup, "weight", held.shape)
             entrance = Entrance.find(model, Anatomy(anatomy.model, anatomy.stacks, (*anatomy.parts, lookup)), stack)
             Insertion(entrance, Rows(held, model.get_submodule(held.lookup))).install(model)
         else:
             (stack,) = (stack for stack in anatomy.stacks if stack.name == held.stack)
-            soft_loss.install(model, path, stack.path, soft.install_front(model, path, held.lookup))
+            front = soft.install_front(model, anatomy, path, lookup)
+            soft_loss.install(model, path, stack.path, front)
 
 
 class Rows:

@@ -67,6 +67,8 @@ class FirstToken:
         if self.front.reading.busy:
             self.state = states[:, -1:]
             return None
+        if self.state is None and self.front.together is not None:
+            self.state, self.front.together.last = self.front.together.last, None
         if self.state is None or states.dim() != 3 or states.shape[1] != layout.length:
             return None
         longer, self.state = predicting(self.state.to(states.dtype), states, layout), None

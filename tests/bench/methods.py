@@ -1,9 +1,9 @@
-"""Every method that PEFT has as well, on SmolLM2: a training step of ours, of PEFT's, and of the frozen model.
+"""Every method, on SmolLM2: a training step of ours, of PEFT's, and of the frozen model.
 
     python -m tests.bench.methods [--rounds 9] [--only ia3 prefix] [--threads 1] [--no-memory]
 
 Limit: at most PEFT's time and peak memory. The ratio to the frozen model's own forward and input-gradient backward
-stands beside it.
+stands beside it; adapters, which PEFT has not, have that alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ PROGRAMS = {
     "prompt": "prompt 20 init normal",
     "ptuning-mlp": "ptuning v1 20 via mlp 128",
     "ptuning-lstm": "ptuning v1 20 via lstm 128",
+    "adapter": "adapter bottleneck 64 relu after attn, ffn",
 }
+ALONE = ("adapter",)
 
 
 def configuration(method: str) -> Any:
@@ -100,14 +102,15 @@ def main(arguments: list[str] | None = None) -> bool:
         torch.set_num_threads(options.threads)
     good = True
     for method in options.only:
-        made = {name: contender(name, method) for name in ("frozen", "peft", "ours")}
+        names = [name for name in ("frozen", "peft", "ours") if name != "peft" or method not in ALONE]
+        made = {name: contender(name, method) for name in names}
         batch = zoo.tokens(base_vocabulary(made["frozen"]), *SIZES["smollm2"])
         steps = {name: trainer(name, model, batch) for name, model in made.items()}
         good &= table(f"{method}: {PROGRAMS[method]}", alternate(steps, options.rounds), LIMITS)
         if options.memory:
             used = {name: peak(one_run, name, method) for name in made}
             print("\n" + "\n".join(f"  {name:<10} peak {size / 2**20:7.0f} MB" for name, size in used.items()))
-            good &= used["ours"] <= 1.01 * used["peft"]
+            good &= method in ALONE or used["ours"] <= 1.01 * used["peft"]
     return good
 
 

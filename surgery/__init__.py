@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from surgery.compiler import route as route
     from surgery.compiler import unmerge as unmerge
     from surgery.errors import SurgeryError as SurgeryError
+    from surgery.graph.experts import auxiliary_loss as auxiliary_loss
     from surgery.language import load_program as load_program
     from surgery.language import parse as parse
     from surgery.training.optimizer import optimizer as optimizer
@@ -36,6 +37,7 @@ _HOMES = {
     "activate": "surgery.compiler",
     "active": "surgery.compiler",
     "apply": "surgery.compiler",
+    "auxiliary_loss": "surgery.graph.experts",
     "combine": "surgery.compiler",
     "disabled": "surgery.compiler",
     "export": "surgery.checkpoint.export",
@@ -55,7 +57,7 @@ _HOMES = {
 }
 
 __all__ = [
-    "SurgeryError", "__version__", "activate", "active", "apply", "combine", "disabled", "export",
+    "SurgeryError", "__version__", "activate", "active", "apply", "auxiliary_loss", "combine", "disabled", "export",
     "import_peft", "load", "load_program", "merge", "optimizer", "parameters", "parse", "plan", "route",
     "save", "study", "unmerge", "verify",
 ]  # fmt: skip

@@ -23,12 +23,17 @@ def export(
     """Write what others load to a new directory, which appears whole or not at all. The model stays as it is.
 
     to: `peft`, the adapters alone, one directory for each; `huggingface`, a copy of the model with everything folded,
-    which `from_pretrained` loads. origin: what to call the base. source: where tokenizer files are copied from.
+    which `from_pretrained` loads; `mixtral`, a llama with experts in every layer as a Mixtral. origin: what to call the
+    base. source: where tokenizer files are copied from.
     Errors: S421 not transformed, S451 what the form cannot say, S453 an unknown form, S430 to S433 the directory.
     """
     if to not in FORMS:
         raise CheckpointError.of("S453", f"no form `{to}`", help=f"there are {' and '.join(FORMS)}")
-    if to == "peft":
+    if to == "mixtral":
+        from surgery.checkpoint.interchange import mixtral
+
+        mixtral.export(model, Path(path), source=source, force=force)
+    elif to == "peft":
         from surgery.checkpoint.interchange import peft
 
         peft.export(model, path, origin=origin, force=force)

@@ -24,6 +24,7 @@ TABLE: Mapping[str, str] = MappingProxyType(
         "ia3": "surgery.operations.ia3:Ia3",
         "instruct": "surgery.operations.instruct:Instruct",
         "lora": "surgery.operations.lora:Lora",
+        "moe": "surgery.operations.moe:Moe",
         "optimize": "surgery.operations.optimize:Optimize",
         "prefix": "surgery.operations.prefix:Prefix",
         "prompt": "surgery.operations.prompt:Prompt",

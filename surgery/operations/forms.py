@@ -16,6 +16,7 @@ FORMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "ia3": ("ia3 on attn.v",),
         "instruct": ('instruct "w5 w6"', 'instruct "w7 w8" cached'),
         "lora": ("lora rank 2 on attn.v", "lora rank 2 dora on attn.v", "lora rank 2 init pissa on attn.v"),
+        "moe": ("moe 3 experts on ffn",),
         "optimize": ("optimize adamw lr 0.01",),
         "prefix": ("prefix 2", "prefix 2 gated", "prefix 2 via mlp 3", 'prefix 2 init text "w5 w6"'),
         "prompt": ("prompt 2",),

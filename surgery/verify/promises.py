@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
-from surgery.verify import edges, places, shape, sparsity, stacks, text, whole
+from surgery.verify import edges, mixture, places, shape, sparsity, stacks, text, whole
 from surgery.verify.report import Finding
 from surgery.verify.subject import Subject
 
@@ -20,6 +20,7 @@ PROMISES: Mapping[str, tuple[Check, ...]] = MappingProxyType(
             edges.edge_identity,
             stacks.stack_identity,
         ),
+        "experts_agree": (mixture.experts_agree,),
         "merges": (places.merges, stacks.stack_merges),
         "exact_sparsity": (sparsity.exact_sparsity,),
         "exact_codes": (places.exact_codes,),

@@ -41,7 +41,7 @@ from surgery.operations.quantize import Quantize
 from surgery.operations.train import Train
 from surgery.verify.bounds import merge_bound
 from tests import strategies, zoo
-from tests.properties import hand
+from tests.properties import hand, reshaping
 from tests.reference_decoder import ReferenceDecoder
 from tests.strategies import Model
 
@@ -945,6 +945,18 @@ LAWS: tuple[Law, ...] = (
     ),
     Law("budgets", "ranks cost what a budget allows, and no less", budgets_are_kept_and_used, cases(_budgets)),
     Law("again", "a second program is as if both had been one", programs_compose, cases(_any, _FLOATS), 3),
+    Law(
+        "layers",
+        "layers are those asked for, silent ones change nothing",
+        reshaping.layers_are_those_asked_for,
+        cases(reshaping.depths),
+    ),
+    Law(
+        "experts",
+        "mixtures are their formula, and unchanged at first",
+        reshaping.mixtures_mean_their_formula,
+        cases(reshaping.upcyclings),
+    ),
     Law("copies", "a deep copy is equal and independent", copies_are_independent, _ANY, 2),
 )
 

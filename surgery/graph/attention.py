@@ -27,7 +27,7 @@ from surgery.graph.attention_math import (
 )
 from surgery.graph.attention_places import prefixed_call_mask, prefixed_keywords, table_of_distances
 from surgery.graph.entry import Shifting
-from surgery.graph.module import Rewritten, as_before, duplicate, take_base
+from surgery.graph.module import Rewritten, as_before, duplicate, numbers, take_base
 from surgery.graph.site import Init, Site, seed_of, zeros
 
 Pool = MutableMapping[str, nn.Parameter]
@@ -58,9 +58,7 @@ class AttentionDraft:
         apart = not isinstance(module, Rewritten)
         self.by_interface = apart and attention_interface.through_interface(module)
         self.by_cache = apart and not self.by_interface and attention_cache.through_cache(module)
-        reference = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), None)
-        self.dtype = torch.get_default_dtype() if reference is None else reference.dtype
-        self.device = torch.device("cpu") if reference is None else reference.device
+        self.dtype, self.device = numbers(module) or (torch.get_default_dtype(), torch.device("cpu"))
         held = getattr(module, attention_interface.CHILD, None) if self.has_child else module
         self.standing = held if isinstance(held, Rewritten) else None
         if self.standing is not None and not anew:

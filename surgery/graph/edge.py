@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from surgery.anatomy.parts import Part
 from surgery.errors import GraphError
 from surgery.graph.functions import add_branch
-from surgery.graph.module import Rewritten, duplicate
+from surgery.graph.module import Rewritten, duplicate, numbers
 from surgery.graph.site import Site
 
 CHILD = "surgery_edge"
@@ -285,13 +285,7 @@ def _drop(hooks: dict[int, Callable[..., Any]], mine: Callable[[Any], bool]) -> 
 
 
 def _like(model: nn.Module, path: str) -> tuple[torch.dtype, torch.device]:
-    """Dtype and device of the numbers around a module: of its own parameters, else of those nearest above it."""
-    device = None
-    while True:
-        for tensor in model.get_submodule(path).parameters():
-            device = device or tensor.device
-            if tensor.is_floating_point():
-                return tensor.dtype, device
-        if not path:
-            return torch.get_default_dtype(), device or torch.device("cpu")
+    """Dtype and device of the numbers around a module: of the base's own, else of those nearest above it."""
+    while (found := numbers(model.get_submodule(path))) is None and path:
         path = path.rpartition(".")[0]
+    return found or (torch.get_default_dtype(), torch.device("cpu"))

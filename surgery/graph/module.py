@@ -327,6 +327,20 @@ def switched(model: nn.Module, off: Container[str | None]) -> Iterator[None]:
             module.route(*state)
 
 
+def numbers(module: nn.Module) -> tuple[torch.dtype, torch.device] | None:
+    """Dtype and device of the base's numbers in a module, codes as what they stand for; None where it has none."""
+    for each in module.modules():
+        ours, facts = (each.added, each.facts) if isinstance(each, Rewritten) else ((), None)
+        for name, tensor in each._parameters.items():
+            if tensor is None or name in ours:
+                continue
+            if facts is not None:
+                return facts.dtype, tensor.device
+            if tensor.is_floating_point():
+                return tensor.dtype, tensor.device
+    return None
+
+
 def added_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The trainable tensors that programs put into a model, by full name; each shared one once."""
     found: dict[str, Tensor] = {}

@@ -39,6 +39,8 @@ COMPOSING = [
     (LORA, "quantize base nf4"),
     ("lora rank 2 init pissa on attn.v", "prefix 2 on all layers"),
     ("quantize base nf4 double", LORA),
+    ("quantize base nf4", "prefix 2 on all layers"),  # all that an attention has are codes
+    ("quantize base nf4 ; lora rank 1 on attn", 'instruct "w5 w6" cached'),
     (LORA, "prune magnitude 50% on attn"),
     ("prune magnitude 50% on attn.q", "prune magnitude 30% on attn.k"),
     ("lora rank 2 dora on all linear", "prune magnitude 50% on ffn ; quantize base fp4"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -44,6 +46,15 @@ class SurgeryError(Exception):
 
     def __str__(self) -> str:
         return "\n\n".join(str(diagnostic) for diagnostic in self.diagnostics)
+
+
+@contextmanager
+def standing_at(span: Span | None) -> Iterator[None]:
+    """Give this place to every diagnostic raised inside that has none of its own."""
+    try:
+        yield
+    except SurgeryError as error:
+        raise type(error)(*(replace(each, span=each.span or span) for each in error.diagnostics)) from None
 
 
 class ProgramError(SurgeryError):

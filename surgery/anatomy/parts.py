@@ -68,6 +68,11 @@ class Part:
         return self.kind in ("attention", "edge", "entry")
 
     @property
+    def place(self) -> str:
+        """The path, in words where the place is the model itself."""
+        return self.path or "the model"
+
+    @property
     def name(self) -> str:
         """The last word of the role: `q` of `attn.q`."""
         return self.role.rpartition(".")[2]

@@ -19,7 +19,7 @@ from surgery.compiler.record import ATTRIBUTE, Record, continued, record_of, tra
 from surgery.compiler.reshape import reshape
 from surgery.compiler.switch import refuse_routed, rest
 from surgery.compiler.training import declare
-from surgery.errors import PlanError
+from surgery.errors import PlanError, standing_at
 from surgery.graph import entry, soft_entry
 from surgery.graph.fingerprint import fingerprints
 from surgery.graph.module import added_parameters
@@ -114,13 +114,15 @@ def _perform(plan: Plan, model: Model, context: Context, hollow: bool, tell: Tel
         for part in step.parts:
             if operation.rewrites(part) and place_of(part) in places:
                 site = drafts.site(step, part, keep=step not in begun)
-                operation.rewrite(site)
+                with standing_at(step.statement.span):
+                    operation.rewrite(site)
+                    if fills and not operation.collective:
+                        operation.fill([site], context)
                 mine.append(site)
-                if fills and not operation.collective:
-                    operation.fill([site], context)
             tell(1)
         if fills and operation.collective:
-            operation.fill(mine, context)
+            with standing_at(step.statement.span):
+                operation.fill(mine, context)
         sites.append(mine)
     for draft in drafts:
         draft.finish()  # all that can fail has been done when the first of them is installed
@@ -141,7 +143,8 @@ def _perform(plan: Plan, model: Model, context: Context, hollow: bool, tell: Tel
     if not hollow:
         for step, mine in zip(plan.steps, sites, strict=True):
             if step in begun:
-                step.operation.finish(mine, context)
+                with standing_at(step.statement.span):
+                    step.operation.finish(mine, context)
     done = replace(plan, steps=tuple(replace(step, standing=False) for step in plan.steps))
     start = {} if hollow else fingerprints(model)
     ids = set(map(id, moved.values()))

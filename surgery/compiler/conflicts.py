@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from surgery.anatomy.parts import Part
 from surgery.errors import Diagnostic
+from surgery.language.pairs import stacks
 
 if TYPE_CHECKING:
     from surgery.compiler.plan import Step
@@ -30,6 +31,13 @@ def conflicts(steps: Sequence[Step]) -> tuple[Diagnostic, ...]:
     return tuple(found.values())
 
 
+def _whatever_their_names(first: Step, second: Step) -> bool:
+    """Whether two statements would still take the same under names of their own."""
+    names = ("one", "another")
+    claims = (step.operation.claims(name) for step, name in zip((first, second), names, strict=True))
+    return not set(next(claims)).isdisjoint(next(claims))
+
+
 def overlap(a: Part, b: Part) -> bool:
     """Whether two parts of one tensor have a channel in common."""
     if a.kind != b.kind:
@@ -45,14 +53,14 @@ def _diagnostic(first: Step, second: Step, part: Part, claim: str) -> Diagnostic
     where = "of the program before" if old.standing else f"at {old.statement.span}"
     return Diagnostic(
         "S103",
-        f"`{first.statement}` and `{second.statement}` both act on {part.path}",
+        f"`{first.statement}` and `{second.statement}` both act on {part.place}",
         new.statement.span,
         label=f"the other statement is {where}; both take its {claim}",
         help=(
             "keep one of them"
             if part is MODEL
             else first.operation.beside_another
-            if same_adapter
+            if same_adapter and (stacks(first.operation) or not _whatever_their_names(first, second))
             else "leave the place out of one with `except`"
         ),
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surgery.anatomy.parts import Part
 from surgery.compiler.training import tensors
-from surgery.errors import Diagnostic, PlanError, SurgeryError
+from surgery.errors import Diagnostic, PlanError, SurgeryError, standing_at
 from surgery.graph.affine import NotAffine
 from surgery.graph.fold import affine
 from surgery.graph.module import Rewritten
@@ -93,7 +93,8 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0, base: Cost |
     drafts = Drafts(model, hollow=True, seed=seed, anew=True)
     added, changed = [0] * len(steps), [0] * len(steps)
     seen: dict[object, list[tuple[int, int, int]]] = {}
-    problems: list[Diagnostic] = []
+    failing: dict[object, list[tuple[tuple[Any, ...], Diagnostic]]] = {}
+    refused: dict[tuple[Any, ...], list[Diagnostic]] = {}
     unmerged: list[str] = []
     for place, visits in visited(steps):
         kind = _kind(model, steps, place, visits)
@@ -102,13 +103,15 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0, base: Cost |
                 seen[kind] = _visit(drafts, steps, visits)
                 unmerged += _reason(drafts, steps, visits)
             except SurgeryError as error:
-                problems += error.diagnostics
                 seen[kind] = []
+                failing[kind] = [(_alike(each, place[0]), each) for each in error.diagnostics]
+        for alike, each in failing.get(kind, ()):
+            refused.setdefault(alike, []).append(each)
         for index, new, size in seen[kind]:
             added[index] += new
             changed[index] += size
-    if problems:
-        raise PlanError(*problems)
+    if refused:
+        raise PlanError(*(_once(each, message) for (*_, message), each in refused.items()))
     for index, step in enumerate(steps):
         for tensor in drafts.shared(step):
             added[index] += tensor.numel()
@@ -124,6 +127,19 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0, base: Cost |
         trained,
         _count(tensors(steps, model)),
     )
+
+
+def _alike(said: Diagnostic, path: str) -> tuple[Any, ...]:
+    """Equal for diagnostics that say the same of other places."""
+    return said.code, said.span, said.help, said.message.replace(path, "") if path else said.message
+
+
+def _once(said: Sequence[Diagnostic], message: str) -> Diagnostic:
+    """The first of several that say the same; of places, with their number. message: what all of them say."""
+    first = said[0]
+    if len(said) == 1 or first.label or first.message == message:
+        return first
+    return replace(first, label=f"{len(said)} such places")
 
 
 def _count(held: Mapping[int, Tensor]) -> int:
@@ -150,7 +166,8 @@ def _visit(drafts: Any, steps: Sequence[Step], visits: list[tuple[int, Part]]) -
         site = drafts.site(steps[index], part)
         if before is None:
             before = _tensors(site.draft.root)
-        steps[index].operation.rewrite(site)
+        with standing_at(steps[index].statement.span):
+            steps[index].operation.rewrite(site)
         after = _tensors(site.draft.root)
         shared = {id(t) for t in drafts.pool.values()}
         new = [t for key, t in after.items() if key not in before and key not in shared]

@@ -12,7 +12,7 @@ from surgery.compiler.conflicts import conflicts
 from surgery.compiler.shared import at_one_place, elsewhere, standings
 from surgery.compiler.stacks import broken_rows
 from surgery.compiler.training import idle_optimizers, settle
-from surgery.errors import Diagnostic, PlanError, SurgeryError
+from surgery.errors import Diagnostic, PlanError, SurgeryError, standing_at
 from surgery.language.program import Program, Statement
 from surgery.language.selector import Union
 from surgery.operations.base import Operation, Phase
@@ -193,7 +193,7 @@ def plan(
     told = (*shared, *others, *idle, *cost.unmerged, *warnings(acting, anatomy, model))
     if shape is not None:
         told = (*shape.told, *told)
-    notes = tuple(note for step in acting for note in step.operation.chosen(step.parts, anatomy, model))
+    notes = tuple(note for step in acting for note in _chosen_by(step, anatomy, model))
     before = given if shape is not None else None if record is None else record.plan.given
     return Plan(program, anatomy, steps, cost, tuple(dict.fromkeys(told)), notes, before)
 
@@ -258,21 +258,23 @@ def _chosen(anatomy: Anatomy, statement: Statement) -> tuple[Part, ...]:
     return ()
 
 
+def _chosen_by(step: Step, anatomy: Anatomy, model: nn.Module) -> tuple[str, ...]:
+    """What the statement chose; errors stand at it."""
+    with standing_at(step.statement.span):
+        return tuple(step.operation.chosen(step.parts, anatomy, model))
+
+
 def _told(statement: Statement, tokenizer: Any) -> Statement:
     """The statement with what its texts decide; errors stand at the statement."""
-    try:
+    with standing_at(statement.span):
         return replace(statement, operation=statement.operation.read(tokenizer))
-    except SurgeryError as error:
-        raise type(error)(*(replace(each, span=each.span or statement.span) for each in error.diagnostics)) from None
 
 
 def _sized(statement: Statement, parts: Sequence[Part], model: nn.Module) -> Statement:
     """The statement with what its parts decide together; errors stand at the statement."""
     parameters = sum({id(tensor): tensor.numel() for tensor in model.parameters()}.values())
-    try:
+    with standing_at(statement.span):
         return replace(statement, operation=statement.operation.sized(parts, parameters))
-    except PlanError as error:
-        raise PlanError(*(replace(each, span=each.span or statement.span) for each in error.diagnostics)) from None
 
 
 def _parts(statement: Statement, parts: tuple[Part, ...]) -> tuple[Part, ...]:
@@ -322,7 +324,7 @@ def _misfits(statement: Statement, parts: Iterable[Part]) -> list[Diagnostic]:
     return [
         Diagnostic(
             "S101",
-            f"`{statement.operation.verb}` cannot act on {places[0].path}: {reason}",
+            f"`{statement.operation.verb}` cannot act on {places[0].place}: {reason}",
             statement.span,
             label=f"{len(places)} such place{'s' * (len(places) > 1)}",
             help="change the value, or leave the place out with `except`",
@@ -332,5 +334,5 @@ def _misfits(statement: Statement, parts: Iterable[Part]) -> list[Diagnostic]:
 
 
 def _listing(parts: Sequence[Part], most: int = 4) -> str:
-    names = [part.path for part in parts[:most]]
+    names = [part.place for part in parts[:most]]
     return ", ".join(names) + (f" and {len(parts) - most} more" if len(parts) > most else "")

@@ -90,7 +90,7 @@ def layers(parts: Iterable[Mapping[str, Any]]) -> str:
 
 def pattern(part: Mapping[str, Any]) -> str:
     """The module path with `*` for the layer's number."""
-    path: str = part["path"]
+    path: str = part["path"] or "the model"
     if part["kind"] in ("bias", "tensor") and part["role"] != "bias.new":
         path = f"{path}.{part['parameter']}"
     layer = part.get("layer")

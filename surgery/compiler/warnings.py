@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from surgery.compiler.conflicts import overlap
-from surgery.errors import SurgeryError
+from surgery.errors import standing_at
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,11 +19,8 @@ def warnings(steps: Sequence[Step], anatomy: Anatomy, model: nn.Module) -> tuple
     """One sentence each, in the order of the steps."""
     found = [*_dense_again(steps), *_untied(steps), *_without_experts(steps, anatomy), *_kept(steps)]
     for step in steps:
-        try:
+        with standing_at(step.statement.span):
             found += step.operation.warnings(step.parts, anatomy, model)
-        except SurgeryError as error:
-            spans = (replace(each, span=each.span or step.statement.span) for each in error.diagnostics)
-            raise type(error)(*spans) from None
     return tuple(dict.fromkeys(found))
 
 

@@ -45,12 +45,12 @@ def pair(one: Statement, other: Statement) -> Pair:
     if not common:
         return Pair("+")
     reason = f"both take its {' and its '.join(common)}"
-    if one.operation.verb == other.operation.verb and _stacks(one.operation):
+    if one.operation.verb == other.operation.verb and stacks(one.operation):
         return Pair("as", f"{reason}; {one.operation.beside_another}")
     return Pair("-" if _common(one, other, NAME) else "as", reason)
 
 
-def _stacks(operation: Operation) -> bool:
+def stacks(operation: Operation) -> bool:
     """Whether a verb has its own way of standing twice on one place."""
     return type(operation).beside_another is not Operation.beside_another
 

@@ -76,8 +76,19 @@ class Hard(Front):
             return attention_text.token_ids(tokenizer, self.words())
         return attention_text.token_ids(tokenizer, self.chat_text(lambda messages: rendered(tokenizer, messages)))
 
+    def counted(self, tokenizer: Any) -> list[int]:
+        """The token numbers, as many as the statement says. PlanError S124 when it says another number."""
+        found = self.hard(tokenizer)
+        if self.tokens not in (None, len(found)):
+            raise PlanError.of(
+                "S124",
+                f"`{self.verb}` says `tokens {self.tokens}`, and its text has {len(found)}",
+                help="leave `tokens` out, which is counted when the text is read",
+            )
+        return found
+
     def read(self, tokenizer: Any) -> Self:
-        return replace(self, tokens=len(self.hard(tokenizer)))
+        return replace(self, tokens=len(self.counted(tokenizer)))
 
     def _at(self, place: Part, parts: Sequence[Part], anatomy: Anatomy, model: Any) -> Iterable[str]:
         across = any(part.role == "cross" and part.stack == place.stack for part in anatomy.parts)
@@ -98,7 +109,7 @@ class Hard(Front):
     def fill(self, sites: Sequence[Any], context: Any) -> None:
         """Write the token numbers."""
         for site in (each for each in sites if each.part.kind == "entry"):
-            found: Tensor = torch.tensor(self.hard(context.tokenizer))
+            found: Tensor = torch.tensor(self.counted(context.tokenizer))
             site.data(f"{self.verb}_tokens").copy_(found)
 
     def finish(self, sites: Sequence[Any], context: Any) -> None:

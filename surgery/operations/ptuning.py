@@ -61,7 +61,9 @@ class Ptuning(Front):
 
     def validate(self) -> Iterable[tuple[str, str, str]]:
         if self.version == "v2" and self.via is not None:
-            yield "via", "`v2` trains keys and values themselves", "leave `via` out, or write `prefix 20 via mlp 512`"
+            through = self.via.value if self.via.word == "mlp" else 512
+            other = f"`prefix {self.positions} via mlp {through}`"
+            yield "via", "`v2` trains keys and values themselves", f"leave `via` out, or write {other}"
 
     def promises(self) -> tuple[str, ...]:
         return ("off_means_off",)

@@ -61,11 +61,14 @@ class Choice:
 
 
 def choices(operation: Optimize, device: str) -> tuple[Choice, ...]:
-    """The implementation on a device; of a model without weights, on a CPU and, where that differs, on CUDA."""
+    """The implementation on a device; of a model without weights, on a CPU and, where that differs, on CUDA.
+
+    Weights are loaded on a CPU: what is strict has to be there.
+    """
     if device != "meta":
         return (choose(operation, device),)
     found = [choose(operation, each) for each in (("cuda", "cpu") if operation.paged else ("cpu",))]
-    return tuple(found if not operation.strict else found[:1])
+    return tuple(found if not operation.strict else found[-1:])
 
 
 def choose(operation: Optimize, device: str) -> Choice:

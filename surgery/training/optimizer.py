@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import GraphError
+from surgery.errors import GraphError, standing_at
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,16 +33,19 @@ def optimizer(model: nn.Module) -> Optimizer:
             "the model was not transformed, or has been merged: no program says how to train it",
             help="apply a program with a statement such as `optimize adamw lr 2e-4`",
         )
-    operation = next((s.operation for s in record.plan.steps if isinstance(s.operation, Optimize)), None)
-    if operation is None:
+    step = next((step for step in record.plan.steps if isinstance(step.operation, Optimize)), None)
+    if step is None:
         raise GraphError.of(
             "S371",
             "the program that was applied to this model names no optimizer",
             help="say `optimize adamw lr 2e-4`, or build one yourself over surgery.parameters(model).values()",
         )
+    operation = step.operation
+    assert isinstance(operation, Optimize)
     tensors = list(parameters(model).values())
     choice = choose(operation, tensors[0].device.type)
-    choice.allowed(operation)
+    with standing_at(step.statement.span):
+        choice.allowed(operation)
     made: Any = choice.make(groups(operation, tensors), arguments(operation))
     return page(made) if choice.mapped else made  # type: ignore[no-any-return]
 

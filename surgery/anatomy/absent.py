@@ -112,6 +112,7 @@ WORDS: dict[Kind, str] = {
     "edge": "output of a sub-layer",
     "bias": "bias",
     "tensor": "other tensor",
+    "entry": "entry of a stack with attention",
 }
 
 

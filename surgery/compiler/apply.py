@@ -113,8 +113,8 @@ def _perform(plan: Plan, model: Model, context: Context, hollow: bool, tell: Tel
         mine, fills = [], step in begun and not hollow
         for part in step.parts:
             if operation.rewrites(part) and place_of(part) in places:
-                site = drafts.site(step, part, keep=step not in begun)
                 with standing_at(step.statement.span):
+                    site = drafts.site(step, part, keep=step not in begun)
                     operation.rewrite(site)
                     if fills and not operation.collective:
                         operation.fill([site], context)

@@ -163,10 +163,9 @@ def _visit(drafts: Any, steps: Sequence[Step], visits: list[tuple[int, Part]]) -
     costs: list[tuple[int, int, int]] = []
     before: dict[int, Tensor] | None = None
     for index, part in visits:
-        site = drafts.site(steps[index], part)
-        if before is None:
-            before = _tensors(site.draft.root)
         with standing_at(steps[index].statement.span):
+            site = drafts.site(steps[index], part)
+            before = _tensors(site.draft.root) if before is None else before
             steps[index].operation.rewrite(site)
         after = _tensors(site.draft.root)
         shared = {id(t) for t in drafts.pool.values()}

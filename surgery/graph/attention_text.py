@@ -26,7 +26,7 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     else:
         ids = [int(each) for each in tokenizer(text)]
     if not ids:
-        raise GraphError.of("S348", f"the tokenizer makes no tokens of {text!r}")
+        raise GraphError.of("S348", f"the tokenizer makes no tokens of {text!r}", help="write a text with words in it")
     return ids
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 
 from surgery.anatomy import Anatomy, Part, select, study
+from surgery.anatomy.absent import WORDS
+from surgery.anatomy.parts import Kind
 from surgery.errors import ModelError
 from surgery.language.selector import Difference, Glob, Intersection, Layers, Role, Selector, Union
 from tests import zoo
@@ -141,3 +144,8 @@ def test_globs_stay_within_a_component(anatomies: dict[str, Anatomy]) -> None:
     assert len(select(llama, Glob("model.layers.1.**"), MATRICES)) == 7
     with pytest.raises(ModelError):
         select(llama, Glob("model.*.up_proj"), MATRICES)
+
+
+def test_every_kind_has_a_word() -> None:
+    """A selector that finds nothing of a kind is an error that can be said."""
+    assert WORDS.keys() == set(get_args(Kind))

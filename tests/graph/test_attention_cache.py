@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import surgery
-from surgery.errors import GraphError, PlanError
+from surgery.errors import GraphError, PlanError, SurgeryError
 from surgery.graph.attention_cache import behind_padding, distances
 from tests import others, zoo
 
@@ -203,6 +204,49 @@ def test_models_that_offer_neither_say_so(name: str) -> None:
         others.apply("prefix 4", name, model)
     assert "no cache takes its keys and values" in str(caught.value)
     assert list(model.state_dict()) == before
+
+
+class Encoder(nn.Module):
+    """torch's own layers, whose attention is torch's own module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(61, 24)
+        layers = (nn.TransformerEncoderLayer(24, 4, 20, batch_first=True) for _ in range(2))
+        self.layers, self.head = nn.ModuleList(layers), nn.Linear(24, 61)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("program", ["prefix 4", "prefix 4 gated", "ptuning v2 4"])
+def test_plain_modules_that_offer_neither_say_so(program: str) -> None:
+    """Bad input: torch's own attention cannot be traced; said once, at the statement, with the number of places."""
+    model, x = Encoder().eval(), zoo.tokens(61, 2, 5)
+    before = list(model.state_dict())
+    with pytest.raises(PlanError) as caught:
+        surgery.apply(surgery.parse(program), model, example_inputs=(x,))
+    (found,) = caught.value.diagnostics
+    assert (found.code, found.label) == ("S341", "2 such places")
+    assert "MultiheadAttention" in found.message
+    assert found.span is not None
+    assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("program", ["prefix 4", "prompt 4", "ptuning v1 4", "ptuning v2 4", 'instruct "w5" tokens 1'])
+def test_models_without_attention_say_so(program: str) -> None:
+    """Bad input: nothing can come in front where no token attends to another."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(hidden_size=24, num_hidden_layers=2, vocab_size=61, state_size=4, intermediate_size=48)
+    with pytest.raises(SurgeryError, match=r"MambaForCausalLM has no .*attention call") as caught:
+        surgery.plan(surgery.parse(program), MambaForCausalLM(config))
+    (found,) = caught.value.diagnostics
+    assert found.code == "S207"
+    assert found.span is not None
 
 
 def test_padding_stays_on_the_left() -> None:

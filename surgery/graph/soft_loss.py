@@ -5,6 +5,9 @@ first token. With a prompt one does: the stack gives out a state more, labels ha
 head and loss are the model's own, and the logits lose the place again. The state is that of the prompt's last position,
 and stands right in front of the row's tokens: where a row has padding there, in place of its last, which nothing reads.
 So the loss is that of the prompt's text in front of the tokens with labels of -100.
+
+A number to divide by, `num_items_in_batch`, is taken as it is given. transformers' trainer leaves the first label of
+each row out of it, as never predicted, and so divides by as many fewer, here as with PEFT's prompts.
 """
 
 from __future__ import annotations

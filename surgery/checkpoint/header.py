@@ -18,7 +18,8 @@ WIDTHS: Mapping[str, int] = {
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-LONGEST_HEADER = 100_000_000  # bytes; the limit of the reference reader
+LONGEST_HEADER = 16_000_000  # bytes, some 130,000 tensors; JSON may take ten times as much memory as text
+LARGEST = 2**62  # of what is counted: sizes, offsets, elements
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
 
@@ -49,6 +50,8 @@ def read_header(path: Path) -> Header:
     Errors: S410 missing, S411 truncated, S412 corrupt, S413 a pickle in disguise.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait for somebody to write into it
+            raise _error("S410", path, "is no file")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             prefix, first = file.read(8), file.read(1)
@@ -87,7 +90,8 @@ def checkpoint_files(directory: Path) -> tuple[Path, ...]:
     single, index = directory / "model.safetensors", directory / INDEX
     if single.exists() or single.is_symlink():
         return (_inside(directory, single.name, single),)
-    if index.exists():
+    if index.exists() or index.is_symlink():
+        _within(directory, index.name, index)
         return tuple(_inside(directory, name, index) for name in sorted(set(read_index(index).values())))
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
     if pickles:
@@ -102,7 +106,11 @@ def checkpoint_files(directory: Path) -> tuple[Path, ...]:
 def read_index(index: Path) -> dict[str, str]:
     """The `weight_map` of a shard index: tensor name to file name. Errors: S410, S414."""
     try:
-        data = json.loads(index.read_text("utf-8"))
+        if not index.is_file():
+            raise _error("S410", index, "is no file")
+        if index.stat().st_size > LONGEST_HEADER:
+            raise CheckpointError.of("S414", f"the shard index `{index}` has more than {LONGEST_HEADER:,} bytes")
+        data = json.loads(index.read_text("utf-8"), object_pairs_hook=_unique)
     except OSError as error:
         raise _unreadable(index, error) from None
     except (ValueError, RecursionError) as error:
@@ -125,29 +133,48 @@ def check_checkpoint(directory: Path) -> tuple[Header, ...]:
         for tensor, file in read_index(index).items():
             if tensor not in held[Path(file).name]:
                 raise CheckpointError.of("S414", f"the shard index `{index}` says `{file}` holds {tensor}; it does not")
+        seen: set[str] = set()
+        for file, names in held.items():
+            if seen & names:
+                raise CheckpointError.of(
+                    "S414", f"`{directory / file}` holds {min(seen & names)}, as another shard does"
+                )
+            seen |= names
     return headers
 
 
 def _inside(directory: Path, name: str, source: Path) -> Path:
     """`directory / name` when it stays inside; symbolic links may go to the blobs of the same Hugging Face cache."""
     path = Path(name)
-    refused = CheckpointError.of(
-        "S414",
-        f"`{source}` points outside its directory: `{name}`",
-        help="put the shards beside their index",
-    )
     if path.is_absolute() or len(path.parts) != 1 or "\\" in name or path.suffix != ".safetensors":
         if path.suffix in PICKLES:
             raise _pickle(directory / name)
-        raise refused
+        raise _outside(source, name)
+    return _within(directory, name, source)
+
+
+def _within(directory: Path, name: str, source: Path) -> Path:
+    """`directory / name` when its links stay inside."""
+    refused = _outside(source, name)
     root = directory.resolve()
-    target = (directory / name).resolve()
+    try:
+        target = (directory / name).resolve()
+    except (ValueError, RuntimeError, OSError):  # no name for a file, or links in a circle
+        raise refused from None
     roots = [root]
     if root.parent.name == "snapshots":
         roots.append(root.parent.parent / "blobs")
     if not any(target.is_relative_to(allowed) for allowed in roots):
         raise refused
     return directory / name
+
+
+def _outside(source: Path, name: str) -> CheckpointError:
+    return CheckpointError.of(
+        "S414",
+        f"`{source}` points outside its directory: `{name}`",
+        help="put the shards beside their index",
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -165,11 +192,12 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     except (TypeError, KeyError, ValueError):
         raise _corrupt(path, f"tensor {name} is not described") from None
     numbers = [start, stop, *shape] if isinstance(shape, list) else [None]
-    if dtype not in WIDTHS or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
+    known = isinstance(dtype, str) and dtype in WIDTHS
+    if not known or any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= LARGEST for n in numbers):
         raise _corrupt(path, f"tensor {name} has an unknown dtype, shape or offset")
     count = 1
     for size in shape:
-        count *= size
+        count = min(count * size, LARGEST)  # or multiplying many large ones would take forever
     if stop - start != (count * WIDTHS[dtype] + 7) // 8:
         raise _corrupt(path, f"tensor {name} is {dtype} of shape {shape}, but has {stop - start} bytes")
     return TensorInfo(name, dtype, tuple(shape), base + start, base + stop)

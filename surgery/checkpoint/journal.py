@@ -41,6 +41,11 @@ class Journal:
         """Whether a run has left something to go on with."""
         return self.fingerprint is not None
 
+    @property
+    def units(self) -> set[int]:
+        """The units of work that are done."""
+        return {unit for line in self.done for unit in line["units"]}
+
     def differs(self, fingerprint: Mapping[str, object]) -> list[str]:
         """What is another one in the run that was begun, in words."""
         mine = json.loads(json.dumps(fingerprint))

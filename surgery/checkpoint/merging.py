@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,10 +47,13 @@ def merged_shapes(directory: Path) -> nn.Module | None:
     return None if record_of(merged) is not None or huggingface.converts(merged) else merged
 
 
-def stream_merge(directory: Path, shapes: nn.Module, output: Path, *, force: bool, tell: Tell = silent) -> None:
+def stream_merge(
+    directory: Path, shapes: nn.Module, output: Path, *, force: bool, jobs: int = 1, tell: Tell = silent
+) -> None:
     """Merge what `surgery apply` wrote to a directory into a new one. shapes: of `merged_shapes`.
 
-    The same bytes as `merge` and `save_merged` give. Errors: those of `load`; S430 to S435 as `staging.resumed` says.
+    jobs: processes that share the work. The same bytes as `merge` and `save_merged` give. Errors: those of `load`; S430
+    to S435 as `staging.resumed` says.
     """
     work = Merging(directory, shapes)
     fingerprint = {"program": ["merge", str(directory.resolve())], **work.source.fingerprint()}
@@ -58,7 +62,7 @@ def stream_merge(directory: Path, shapes: nn.Module, output: Path, *, force: boo
         resumed(output, fingerprint, work.found.size, force) as (partial, journal),
         Sink(partial, work.found.files, tell=tell) as sink,
     ):
-        work_through(work, sink, journal)
+        work_through(work, sink, journal, jobs, functools.partial(Merging, directory))
         sink.finish()
         write_index(partial, work.found.weights)
         write_config(shapes, partial, work.found)
@@ -68,7 +72,9 @@ def stream_merge(directory: Path, shapes: nn.Module, output: Path, *, force: boo
 class Merging:
     """What is to be done, in units that depend on nothing but themselves."""
 
-    def __init__(self, directory: Path, shapes: nn.Module) -> None:
+    def __init__(self, directory: Path, shapes: nn.Module | None = None) -> None:
+        shapes = merged_shapes(directory) if shapes is None else shapes
+        assert shapes is not None
         self.manifest = manifest = Manifest.read(directory)
         self.model = base(directory, manifest).model
         empty_out(self.model)
@@ -90,7 +96,7 @@ class Merging:
             (*self.sites, *copies.values()),
             key=lambda one: order[one if isinstance(one, str) else one[0].rpartition(".")[0]],
         )
-        self.units = len(self._todo)
+        self.units, self.files = len(self._todo), self.found.files
 
     def do(self, unit: int, sink: Sink) -> list[str]:
         """Carry out one unit."""

@@ -28,7 +28,7 @@ class Sink:
     def __init__(
         self, directory: Path, files: Sequence[FileLayout], *, wanted: bool = True, tell: Tell = silent
     ) -> None:
-        self.files, self.wanted, self.tell = tuple(files), wanted, tell
+        self.directory, self.files, self.wanted, self.tell = directory, tuple(files), wanted, tell
         self.digests: dict[str, str] = {}
         self.late: dict[str, bytes] = {}
         self.home: dict[str, str] = {slot.name: file.name for file in files for slot in file.slots}

@@ -180,6 +180,9 @@ def _publish(place: Path, target: Path, force: bool) -> None:
     out = place / "out"
     out.chmod(0o777 & ~_umask())
     sync_all(out)
+    # Killed from here on, what lies aside is over: it is not to be gone on with, for it may be what was replaced.
+    (place / "journal").unlink(missing_ok=True)
+    _sync(place)
     _put(out, target, force)
     _sync(target.parent)
 

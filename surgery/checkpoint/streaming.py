@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,28 +62,40 @@ def unlike(model: nn.Module, headers: Sequence[Header]) -> str | None:
 
 
 def stream(
-    plan: Plan, directory: Path, output: Path, *, origin: str, tokenizer: Any = None, force: bool, tell: Tell = silent
+    plan: Plan,
+    directory: Path,
+    output: Path,
+    *,
+    origin: str,
+    tokenizer: Any = None,
+    force: bool,
+    jobs: int = 1,
+    tell: Tell = silent,
 ) -> None:
     """Carry out a plan on a Hugging Face directory, for which `whole_because` has no reason, into a new directory.
 
-    The same bytes as `apply` and `save` give; what is there appears whole or not at all, and a run that was killed is
-    gone on with. Errors: those of `apply` and `save`; S434 and S435 as `staging.resumed` says.
+    jobs: processes that share the work. The same bytes as `apply` and `save` give; what is there appears whole or not
+    at all, and a run that was killed is gone on with. Errors: those of `apply` and `save`; S434 and S435 as
+    `staging.resumed` says.
     """
     work = Applying(plan, directory, tokenizer)
     fingerprint = {"program": [str(plan.program), plan.program.seed], **work.source.fingerprint()}
     with (
         work.source,
-        resumed(output, fingerprint, work.found.size, force) as (partial, journal),
-        Sink(partial, work.found.files, tell=tell) as sink,
+        resumed(output, fingerprint, work.found.size, force) as (aside, journal),
+        Sink(aside, work.found.files, tell=tell) as sink,
     ):
-        work_through(work, sink, journal)
+        if len(journal.units) < work.units:
+            work.streams.prepare(lambda name: work.source.read(work.origins[name]))
+        alone = any(step.operation.collective for step in plan.steps)  # what is prepared is prepared here
+        work_through(work, sink, journal, 1 if alone else jobs, partial(Applying, plan, directory))
         sink.finish()
-        write_index(partial, work.found.weights)
-        write_config(work.hollow, partial, work.found)
-        write_tokenizer(work.hollow, partial, origin, None)
+        write_index(aside, work.found.weights)
+        write_config(work.hollow, aside, work.found)
+        write_tokenizer(work.hollow, aside, origin, None)
         trained = parameters(work.hollow)
         started = [name for name, _ in work.hollow.named_parameters() if name in trained]
-        write_manifest(work.hollow, partial, work.found, sink.digests, origin, started)
+        write_manifest(work.hollow, aside, work.found, sink.digests, origin, started)
 
 
 class Applying:
@@ -118,7 +131,7 @@ class Applying:
             *((order[path], names) for path, names in copies.items()),
         ]
         self._todo = [one for _, one in sorted(todo, key=lambda pair: pair[0])]
-        self.units = len(self._todo) + 1
+        self.units, self.files = len(self._todo) + 1, self.found.files
 
     def do(self, unit: int, sink: Sink) -> list[str]:
         """Carry out one unit; the last one writes what no weight decides."""

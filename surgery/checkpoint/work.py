@@ -1,14 +1,24 @@
-"""Work on a directory's tensors, unit by unit: by threads, with what is done in a journal, and the rest on a rerun."""
+"""Work on a directory's tensors, unit by unit, by threads or processes; a journal tells the next run what is done."""
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
 from typing import Protocol
 
+import torch
+
 from surgery.checkpoint.journal import Journal
+from surgery.checkpoint.layout import FileLayout
 from surgery.checkpoint.sink import Sink
+from surgery.errors import CheckpointError
 
 THREADS = 2  # units at a time: one computes while the other reads or writes
 PAUSE = 1.0  # seconds between two lines of the journal, at least
@@ -17,27 +27,103 @@ PAUSE = 1.0  # seconds between two lines of the journal, at least
 class Worker(Protocol):
     """Does units of work, in any order; those done by different workers may share files.
 
-    units: how many there are. do: carries one out and gives the names that it wrote.
+    units: how many there are. files: what is written. do: carries one out and gives the names that it wrote.
     """
 
     units: int
 
+    @property
+    def files(self) -> Sequence[FileLayout]: ...
+
     def do(self, unit: int, sink: Sink) -> Sequence[str]: ...
 
 
-def work_through(worker: Worker, sink: Sink, journal: Journal) -> None:
-    """Do every unit that the journal does not have. Lines are added as units are done and on the disk."""
-    left = set(range(worker.units))
+Make = Callable[[], Worker]  # what can be sent to another process, which makes the same worker of it
+
+
+def work_through(worker: Worker, sink: Sink, journal: Journal, jobs: int = 1, make: Make | None = None) -> None:
+    """Do every unit that the journal does not have. Lines are added as units are done and on the disk.
+
+    jobs: processes to do it, where there are several, each with a worker that it `make`s.
+    """
+    left = sorted(set(range(worker.units)) - journal.units)
     for line in journal.done:
-        left -= set(line["units"])
         sink.digests.update(line["digests"])
         sink.late.update({name: said.encode() for name, said in line["late"].items()})
-    with ThreadPoolExecutor(THREADS) as pool:
-        _commit(_done(pool, sorted(left), lambda unit: worker.do(unit, sink)), sink, journal)
+    several = jobs > 1 and make is not None and len(left) > 1
+    with ExitStack() as stack:
+        if several and make is not None:
+            do = stack.enter_context(_elsewhere(min(jobs, len(left)), make, sink))
+        else:
+            do = lambda unit: worker.do(unit, sink)  # noqa: E731
+        threads = min(jobs, len(left)) if several else THREADS
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        _commit(_done(pool, left, do, threads), sink, journal)
+
+
+@contextmanager
+def _elsewhere(jobs: int, make: Make, sink: Sink) -> Iterator[Callable[[int], Sequence[str]]]:
+    """Does a unit in one of several processes, which end with the block, or with this process."""
+    context = multiprocessing.get_context("spawn")  # a process that computes with threads cannot be forked
+    idle: SimpleQueue[Connection] = SimpleQueue()
+    processes = []
+    for _ in range(jobs):
+        mine, theirs = context.Pipe()
+        arguments = (theirs, make, sink.directory, sink.wanted, torch.get_num_threads())
+        process = context.Process(target=_serve, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        processes.append((process, mine))
+        idle.put(mine)
+
+    def do(unit: int) -> Sequence[str]:
+        pipe = idle.get()
+        pipe.send(unit)
+        try:
+            done = pipe.recv()
+        except EOFError:
+            raise CheckpointError.of("S497", "a process of `--jobs` has died, perhaps out of memory") from None
+        finally:
+            idle.put(pipe)
+        if isinstance(done, Exception):
+            raise done
+        names, digests, late, size = done
+        sink.digests.update(digests)
+        sink.late.update(late)
+        sink.tell(size)
+        return names  # type: ignore[no-any-return]
+
+    try:
+        yield do
+    finally:
+        for process, pipe in processes:
+            pipe.close()
+            process.join()
+
+
+def _serve(pipe: Connection, make: Make, directory: Path, wanted: bool, threads: int) -> None:
+    """Do the units that come through a pipe, until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other end decides
+    torch.set_num_threads(threads)
+    worker, told = make(), list[int]()
+    with Sink(directory, worker.files, wanted=wanted, tell=told.append) as sink:
+        while True:
+            try:
+                unit = pipe.recv()
+            except EOFError:
+                return
+            try:
+                names = worker.do(unit, sink)
+                digests = {name: sink.digests[name] for name in names if name in sink.digests}
+                late = {name: sink.late[name] for name in names if name in sink.late}
+                pipe.send((names, digests, late, sum(told)))
+            except Exception as error:
+                pipe.send(error)
+            told.clear()
 
 
 def _done(
-    pool: ThreadPoolExecutor, units: Sequence[int], do: Callable[[int], Sequence[str]]
+    pool: ThreadPoolExecutor, units: Sequence[int], do: Callable[[int], Sequence[str]], ahead: int
 ) -> Iterator[tuple[int, Sequence[str]]]:
     """Units as they are done, with what each wrote; few are begun ahead, for each holds memory."""
     waiting = iter(units)
@@ -46,7 +132,7 @@ def _done(
         while True:
             for unit in waiting:
                 running[pool.submit(do, unit)] = unit
-                if len(running) >= THREADS:
+                if len(running) >= ahead:
                     break
             if not running:
                 return

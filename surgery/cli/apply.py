@@ -8,6 +8,7 @@ import click
 
 from surgery.cli.arguments import (
     force_option,
+    jobs_option,
     model_argument,
     output_option,
     program_argument,
@@ -25,7 +26,8 @@ from surgery.cli.sizes import directory_size
 @output_option
 @set_option
 @force_option
-def command(program: str, model: str, output: Path, settings: dict[str, str], force: bool) -> None:
+@jobs_option
+def command(program: str, model: str, output: Path, settings: dict[str, str], force: bool, jobs: int) -> None:
     """Apply PROGRAM to MODEL and save the result in a new directory.
 
     MODEL may be the output of an earlier `surgery apply`: both programs count as one then. The directory appears whole
@@ -48,7 +50,16 @@ def command(program: str, model: str, output: Path, settings: dict[str, str], fo
         made = plan(parsed, loaded.model, example_inputs=loaded.example_inputs, tokenizer=tokenizer)
     if loaded.directory is not None and whole_because(made, loaded) is None:
         with progress(f"writing {output}", lambda: made.cost.bytes_after) as tell:
-            stream(made, loaded.directory, output, origin=loaded.origin, tokenizer=tokenizer, force=force, tell=tell)
+            stream(
+                made,
+                loaded.directory,
+                output,
+                origin=loaded.origin,
+                tokenizer=tokenizer,
+                force=force,
+                jobs=jobs,
+                tell=tell,
+            )
     else:
         if is_directory(model):
             with progress(f"reading {model}"):

@@ -54,6 +54,10 @@ set_option = click.option(
 )
 force_option = click.option("-f", "--force", is_flag=True, help="Replace a model that lies there.")
 
+jobs_option = click.option(
+    "--jobs", type=click.IntRange(1), default=1, metavar="N", help="Processes that share a directory's tensors."
+)
+
 
 def output_option(command: Command) -> Command:
     """`-o DIR`, required."""

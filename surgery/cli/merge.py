@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from surgery.cli.arguments import force_option, out_argument, output_option
+from surgery.cli.arguments import force_option, jobs_option, out_argument, output_option
 from surgery.cli.progress import progress
 from surgery.cli.sizes import directory_size
 
@@ -15,7 +15,8 @@ from surgery.cli.sizes import directory_size
 @out_argument
 @output_option
 @force_option
-def command(out: str, output: Path, force: bool) -> None:
+@jobs_option
+def command(out: str, output: Path, force: bool, jobs: int) -> None:
     """Fold the model in OUT into plain weights, in a new directory that `from_pretrained` loads.
 
     What cannot be folded stays beside the weights, and is named.
@@ -33,7 +34,7 @@ def command(out: str, output: Path, force: bool) -> None:
     shapes = merged_shapes(Path(out))
     if shapes is not None:
         with progress(f"writing {output}", lambda: total_bytes(Path(out))) as tell:
-            stream_merge(Path(out), shapes, output, force=force, tell=tell)
+            stream_merge(Path(out), shapes, output, force=force, jobs=jobs, tell=tell)
         click.echo(f"Saved in {output} ({directory_size(output)}).")
         return
     with progress(f"reading {out}", lambda: total_bytes(Path(out))) as tell:

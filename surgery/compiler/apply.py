@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -61,7 +61,13 @@ def apply(
     if isinstance(plan, Program):
         plan = make_plan(plan, model, example_inputs=example_inputs, tokenizer=tokenizer)
     check_current(plan, model)
-    for step in starting(plan, model):
+    check_texts(starting(plan, model), tokenizer)
+    return perform(plan, model, tokenizer=tokenizer, inputs=example_inputs, tell=tell)
+
+
+def check_texts(steps: Iterable[Step], tokenizer: Any) -> None:
+    """Errors: PlanError S104 when a text needs a tokenizer and there is none."""
+    for step in steps:
         if step.operation.needs_text and tokenizer is None:
             raise PlanError.of(
                 "S104",
@@ -69,7 +75,6 @@ def apply(
                 step.statement.span,
                 help="pass tokenizer=..., or use a model directory that has tokenizer files",
             )
-    return perform(plan, model, tokenizer=tokenizer, inputs=example_inputs, tell=tell)
 
 
 def perform(

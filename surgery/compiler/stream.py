@@ -5,7 +5,7 @@ The statements' own code runs on the same drafts as in `apply`, with the same se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.anatomy.parts import Part
-from surgery.compiler.apply import Context
+from surgery.compiler.apply import Context, check_texts
 from surgery.compiler.drafts import Drafts, visited
 from surgery.compiler.plan import Plan, Step
-from surgery.graph.blank import lent
+from surgery.graph.blank import lending, lent
 from surgery.graph.draft import Draft
 
 
@@ -38,6 +38,8 @@ def whole_model(plan: Plan) -> str | None:
         operation = step.operation
         if step in plan.reshaping or operation.phase in ("shrink", "route"):
             return f"`{step.statement}` gives the model another shape"
+        if operation.layerwise:
+            continue
         if operation.collective:
             return f"`{step.statement}` compares its places with each other"
         if operation.starts_from == "model":
@@ -67,6 +69,21 @@ class Stream:
         ]
         self.places: Sequence[Place] = sorted(places, key=lambda place: (order[place.key[0]], place.key[1]))
 
+    def prepare(self, read: Callable[[str], Tensor]) -> None:
+        """Do what compares places with each other, a layer at a time, before any place is visited.
+
+        read: a tensor of the base by its full name.
+        """
+        check_texts(self.plan.steps, self.context.tokenizer)
+        layers = [f"{stack.path}.{index}" for stack in self.plan.anatomy.stacks for index in range(stack.depth)]
+        for step in self.plan.steps:
+            if step.operation.collective:
+                sites = [self.drafts.site(step, part) for part in step.parts]
+                for site in sites:
+                    step.operation.rewrite(site)
+                with lending(self.model, layers, read):
+                    step.operation.fill(sites, self.context)
+
     def at(self, place: Place, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the model has at a place afterwards, by full name; of the base's own tensors only those it `reads`.
 
@@ -74,6 +91,8 @@ class Stream:
         """
         with lent(self.model, tensors):
             for step, part in place.visits:
+                if step.operation.collective:
+                    continue  # it is prepared
                 with self._tracing:
                     site = self.drafts.site(step, part)
                     step.operation.rewrite(site)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from surgery.errors import GraphError, PlanError
 from surgery.graph.attention_text import read_ids as read_ids
 from surgery.graph.attention_text import token_ids
+from surgery.graph.blank import at_hand as at_hand
 
 See = Callable[[str, Tensor], None]  # the path of a map, and what it reads: (tokens, in)
 

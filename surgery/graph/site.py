@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from surgery.anatomy.parts import Part
 from surgery.graph.draft import Draft
-from surgery.graph.functions import add_branch, add_to_channels, rescale, rescale_channels
+from surgery.graph.functions import add_branch, add_to_channels, rescale, rescale_channels, unpack_bits
 
 Init = Callable[[Tensor, torch.Generator], Any]
 
@@ -303,13 +303,13 @@ class Site:
         self.draft.held = held.index_copy(0, self._runs().to(held.device), rows)
         encode(self.draft.held)
 
-    def zero_out(self, mask: Tensor) -> None:
-        """Zero the stored weight where the mask is False, once every statement has succeeded."""
+    def zero_out(self, bits: Tensor) -> None:
+        """Zero the stored weight where the mask's bits are not set, once every statement has succeeded."""
 
         def zero() -> None:
             weight = self.draft.root._parameters.get(self.part.parameter)
             if weight is not None:  # else it has become codes, which were taken from the masked weight
-                weight.data.mul_(mask)
+                weight.data.mul_(unpack_bits(bits, weight.shape))
 
         self.draft.at_the_end(zero)
 

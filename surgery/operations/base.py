@@ -146,6 +146,11 @@ class Operation:
         """Whether `fill` needs all sites at once; otherwise each is filled as soon as it is rewritten."""
         return False
 
+    @property
+    def layerwise(self) -> bool:
+        """Whether a collective `fill` needs the numbers of one layer at a time only, which it asks for by `at_hand`."""
+        return False
+
     def claims(self, name: str | None) -> tuple[str, ...]:
         """What the statement takes for itself where it acts; two that claim the same there are a conflict."""
         return (f"{self.verb} {name or 'default'}",)

@@ -117,6 +117,10 @@ class Prune(Operation):
     def collective(self) -> bool:
         return self.global_ or self.score in CALIBRATED
 
+    @property
+    def layerwise(self) -> bool:
+        return self.score == "wanda"
+
     def claims(self, name: str | None) -> tuple[str, ...]:
         return ("mask",)
 
@@ -127,20 +131,22 @@ class Prune(Operation):
         site.mask_weight(functions.masked, site.buffer("weight_mask", bits))
 
     def fill(self, sites: Sequence[Site], context: Any) -> None:
-        if self.score in ("wanda", "sparsegpt"):
-            treat = self._wanda if self.score == "wanda" else self._sparsegpt
-            treated = by_layer(sites, context, self._sequences(context), treat, square=self.score == "sparsegpt")
+        if self.score not in ("wanda", "sparsegpt"):
+            for site, keep in zip(sites, self._stays(self._scores(sites, context)), strict=True):
+                self._keep(site, keep)
+            return
+        treat = self._wanda if self.score == "wanda" else self._sparsegpt
+        for site, keep, rows in by_layer(sites, context, self._sequences(context), treat, self.score == "sparsegpt"):
             if self.score == "sparsegpt":
-                for site, (_, rows) in zip(sites, treated, strict=True):
-                    site.hold_rows(rows)
-            kept = [keep for keep, _ in treated]
-        else:
-            kept = self._stays(self._scores(sites, context))
-        for site, keep in zip(sites, kept, strict=True):
-            mask = torch.ones(site.stored_shape, dtype=torch.bool, device=keep.device)
-            site.set_rows(mask, keep)
-            site.data("weight_mask").copy_(functions.pack_bits(mask))
-            site.zero_out(mask)
+                site.hold_rows(rows)
+            self._keep(site, keep)
+
+    def _keep(self, site: Site, keep: Tensor) -> None:
+        """Of a site's rows only these entries."""
+        mask = torch.ones(site.stored_shape, dtype=torch.bool, device=keep.device)
+        site.set_rows(mask, keep)
+        site.data("weight_mask").copy_(functions.pack_bits(mask))
+        site.zero_out(site.data("weight_mask"))
 
     def _stays(self, scores: Sequence[Tensor]) -> list[Tensor]:
         """What stays of each matrix of scores: the largest."""

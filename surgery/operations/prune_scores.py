@@ -73,21 +73,17 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
 
 def by_layer(
     sites: Sequence[Site], context: Any, sequences: Sequence[Tensor], treat: Treat, square: bool
-) -> list[tuple[Tensor, Tensor]]:
-    """What stays of each site's rows, and their weight then, by what the pruned layers before have made of the texts.
+) -> Iterator[tuple[Site, Tensor, Tensor]]:
+    """Every site, what stays of its rows, and their weight then, by what the pruned layers before make of the texts.
 
     square: treat is given x^T x / n, (in, in), over all n tokens; otherwise only its diagonal, (in,). Maps outside all
-    layers read what the whole model was before.
+    layers read what the whole model was before. One layer's numbers are at hand at a time.
     """
     stacks = {stack.name: stack for stack in context.anatomy.stacks}
     groups: dict[str | None, dict[int, list[Site]]] = defaultdict(lambda: defaultdict(list))
     for site in sites:
         groups[site.part.stack][site.part.layer or 0].append(site)
-    model, treated = context.model, dict[Any, Any]()
-
-    def settle(here: Sequence[Site], moments: Moments) -> None:
-        treated.update({site: treat(site.rows_of(weight_of(site)), moments.of(site)) for site in here})
-
+    model = context.model
     with calibration.quiet(model):
         for name, layers in groups.items():
             if name is None:
@@ -95,19 +91,26 @@ def by_layer(
                 with calibration.watched(model, [site.path for site in layers[0]], moments):
                     for ids in sequences:
                         calibration.read_ids(model, ids)
-                settle(layers[0], moments)
+                for site in layers[0]:
+                    with calibration.at_hand(model, site.path):
+                        keep, rows = treat(site.rows_of(weight_of(site)), moments.of(site))
+                    yield site, keep, rows
                 continue
             walk = calibration.Walk(model, stacks[name].path, max(layers) + 1, sequences)
             for index in range(max(layers) + 1):
                 here, moments = layers.get(index, []), Moments(square)
-                with calibration.watched(model, [site.path for site in here], moments):
+                treated = {}
+                with calibration.at_hand(model, f"{stacks[name].path}.{index}"):
                     if here:
-                        walk.through(index)
-                settle(here, moments)
-                if index < max(layers):
-                    with standing_in(model, {site: treated[site][1] for site in here}):
-                        walk.advance(index)
-    return [treated[site] for site in sites]
+                        with calibration.watched(model, [site.path for site in here], moments):
+                            walk.through(index)
+                    for site in here:
+                        treated[site] = treat(site.rows_of(weight_of(site)), moments.of(site))
+                    if index < max(layers):
+                        with standing_in(model, {site: rows for site, (_, rows) in treated.items()}):
+                            walk.advance(index)
+                for site, (keep, rows) in treated.items():
+                    yield site, keep, rows
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
     python -m tests.bench.directory quantize [--layers 22]   # against transformers and bitsandbytes
     python -m tests.bench.directory merge [--layers 22]      # against PEFT, and against a copy of the files
+    python -m tests.bench.directory wanda [--layers 22]      # alone: the memory that a calibrated mask takes
 
 The model is a random bfloat16 Llama (hidden 2048, ffn 5632, 32 heads, 4 of keys and values, vocabulary 32,000) in
 shards of 500 MB; 22 layers have 1.1 billion parameters. It is made once, in the cache of `tests/pretrained.py` or in
 `--place`. Every contender runs in a process of its own, measured from when everything is imported: seconds, and the
 most memory above what it had then. Limits: quantized, a quarter of the time and the same bytes; merged, 0.6 of PEFT's
-time and 2.5 times a copy's; less than three times the largest tensor in memory.
+time and 2.5 times a copy's; less than three times the largest tensor in memory. Wanda: less than 2 GB, all told.
 """
 
 from __future__ import annotations
@@ -176,18 +177,18 @@ def _measured(send: Any, function: Callable[..., object], args: tuple[Any, ...])
             reset.write_text("5")  # the high-water mark starts again
         before, start = high_water(), time.perf_counter()
         function(*args)
-        send.send((time.perf_counter() - start, high_water() - before))
+        send.send((time.perf_counter() - start, high_water() - before, high_water()))
 
 
-def in_a_process(function: Callable[..., object], *args: Any) -> tuple[float, int]:
-    """Seconds, and bytes above what was resident when everything was imported."""
+def in_a_process(function: Callable[..., object], *args: Any) -> tuple[float, int, int]:
+    """Seconds, bytes above what was resident when everything was imported, and bytes all told."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_measured, args=(send, function, args))
     process.start()
     send.close()
     try:
-        result: tuple[float, int] = receive.recv()
+        result: tuple[float, int, int] = receive.recv()
     except EOFError:
         raise RuntimeError(f"{function.__name__} died") from None
     finally:
@@ -222,7 +223,7 @@ def compared(
     for _ in range(rounds):
         for name, (function, *args) in contenders.items():
             shutil.rmtree(args[-1], ignore_errors=True)
-            took, used = in_a_process(function, *args)
+            took, used, _ = in_a_process(function, *args)
             seconds[name].append(took)
             memory[name].append(used)
     print(f"\n{title}")
@@ -277,7 +278,7 @@ def _train(adapted: Path) -> None:
 
     from surgery.checkpoint import tensors as files
 
-    added = load_file(adapted / "surgery.safetensors")
+    added = {name: tensor.clone() for name, tensor in load_file(adapted / "surgery.safetensors").items()}
     for name, tensor in added.items():
         if name.endswith("lora_B"):
             tensor.copy_(0.02 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))))
@@ -294,9 +295,25 @@ def _export(base: Path, adapted: Path, adapter: Path) -> None:
     surgery.export(surgery.load(adapted), adapter, to="peft", origin=str(base))
 
 
+def wanda(base: Path, place: Path) -> bool:
+    texts = place / "texts.jsonl"
+    lines = [{"input_ids": [(7 * row + 31 * column) % 32000 for column in range(64)]} for row in range(8)]
+    texts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.rmtree(place / "pruned", ignore_errors=True)
+    program = f'prune wanda 50% using "{texts}" on all linear'
+    took, above, all_told = in_a_process(surgery_apply, program, base, place / "pruned")
+    good = all_told < 2e9
+    print(f"\nprune wanda 50% on all linear, 8 texts of 64 tokens, {base.name}")
+    print(
+        f"  ours          {took:7.2f} s {above / 1e6:8.0f} MB above imports, {all_told / 1e6:.0f} MB all told", end=""
+    )
+    print(f"   limit 2000   {'ok' if good else 'OVER'}")
+    return good
+
+
 def main(arguments: list[str] | None = None) -> bool:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["quantize", "merge"])
+    parser.add_argument("what", choices=["quantize", "merge", "wanda"])
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--place", type=Path, default=cache() / "bench")
@@ -305,6 +322,8 @@ def main(arguments: list[str] | None = None) -> bool:
     base = made(options.layers, options.place)
     largest = 2 * 32000 * 2048
     print(f"{sum(path.stat().st_size for path in base.iterdir()) / 1e9:.2f} GB, {os.cpu_count()} processors")
+    if options.what == "wanda":
+        return wanda(base, options.place)
     run = quantize if options.what == "quantize" else merge
     return run(base, options.place, options.rounds, 3 * largest, options.alone)
 

@@ -14,7 +14,7 @@ import torch
 
 import surgery
 from surgery.checkpoint import sink as sinks
-from surgery.checkpoint import work
+from surgery.checkpoint import staging, work
 from surgery.checkpoint.models import load_meta
 from surgery.checkpoint.staging import staged
 from surgery.checkpoint.streaming import Applying, stream
@@ -130,3 +130,25 @@ def test_space_is_looked_for_first(base: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sinks, "write_all", lambda *args: pytest.fail("nothing must be written"))
     assert "are free" in refused("S433", base)
     assert sorted(os.listdir(base.parent)) == ["base"]
+
+
+def test_killed_when_it_has_appeared(base: Path) -> None:
+    """What was replaced lies aside then, and is not taken for the work of the run that replaced it."""
+    before, whole = files(run(base, "out", "train norm")), files(run(base, "whole"))
+    child = os.fork()
+    if not child:
+        put = staging._put
+
+        def put_and_die(*args: Any) -> None:
+            put(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        staging._put = put_and_die
+        try:
+            run(base, "out", force=True)
+        finally:
+            os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert files(base.parent / "out") == whole != before
+    assert files(run(base, "out", force=True)) == whole
+    assert sorted(os.listdir(base.parent)) == ["base", "out", "whole"]

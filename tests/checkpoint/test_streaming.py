@@ -11,8 +11,11 @@ import pytest
 import torch
 
 import surgery
+from surgery.checkpoint.inventory import inventory
+from surgery.checkpoint.merging import merged_shapes, stream_merge
 from surgery.checkpoint.models import load, load_meta
 from surgery.checkpoint.streaming import stream, whole_because
+from surgery.graph.blank import Lender
 from surgery.language import load_program
 from tests import zoo
 
@@ -101,3 +104,49 @@ def test_what_cannot_be_streamed_says_why(tmp_path: Path) -> None:
         reasons[f"{name}: {text}"] = whole_because(surgery.plan(surgery.parse(text), shapes.model), shapes)
     assert all(reasons.values())
     assert len(set(reasons.values())) == 4
+
+
+@pytest.mark.parametrize(
+    ("family", "amount"), [("llama", "50%"), ("gpt2", "50%"), pytest.param("bert", "30%", marks=pytest.mark.slow)]
+)
+def test_wanda_has_one_layer_in_memory(
+    family: str, amount: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last layer's masks too come of what the pruned layers before have made of the texts."""
+    zoo.tiny(family).save_pretrained(tmp_path / "base")
+    ids = [zoo.tokens(50, 1, 9, seed)[0].tolist() for seed in range(3)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"input_ids": each}) + "\n" for each in ids))
+    using = f'using "{tmp_path / "texts.jsonl"}"'
+    program = surgery.parse(f"prune wanda {amount} {using} on ffn + attn.o; quantize attn.o nf4; lora rank 2 on ffn")
+    most, lend = [], Lender._lend
+
+    def watched(self: Lender, path: str, names: tuple[str, ...]) -> None:
+        lend(self, path, names)
+        most.append(len(self.layers & self.running.keys()))
+
+    monkeypatch.setattr(Lender, "_lend", watched)
+    live, streamed, why = both_ways(program, tmp_path / "base", tmp_path)
+    assert why is None
+    assert live == streamed
+    assert max(most) == 1
+    assert len(most) > 9
+    model = surgery.load(tmp_path / "stream")
+    zeros = [float((held.tensor == 0).float().mean()) for name, held in inventory(model).items() if "mlp" in name]
+    assert family == "bert" or max(zeros) > 0.4
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_work_write_the_same_bytes(tmp_path: Path) -> None:
+    zoo.tiny("gpt2", dtype=torch.bfloat16).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    shapes = load_meta(str(tmp_path / "base"))
+    plan = surgery.plan(surgery.parse("quantize base nf4 double; lora rank 2 on ffn"), shapes.model)
+    told: list[int] = []
+    for jobs in (1, 2):
+        out = tmp_path / f"by {jobs}"
+        stream(plan, tmp_path / "base", out, origin=shapes.origin, force=False, jobs=jobs, tell=told.append)
+        merged = merged_shapes(out)
+        assert merged is not None
+        stream_merge(out, merged, tmp_path / f"merged by {jobs}", force=False, jobs=jobs)
+    assert files(tmp_path / "by 1") == files(tmp_path / "by 2")
+    assert files(tmp_path / "merged by 1") == files(tmp_path / "merged by 2")
+    assert sum(told) > 1.5 * sum(path.stat().st_size for path in (tmp_path / "by 1").glob("*.safetensors"))

@@ -236,7 +236,7 @@ def _pattern_along_the_output(patch: Patch) -> None:
 
 
 def _zeros_forgotten(patch: Patch) -> None:
-    patch.setattr(surgery.graph.site.Site, "zero_out", lambda self, mask: None)
+    patch.setattr(surgery.graph.site.Site, "zero_out", lambda self, bits: None)
 
 
 def _block_boundary_off_by_one(patch: Patch) -> None:

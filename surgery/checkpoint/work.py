@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,7 +22,7 @@ from surgery.checkpoint.sink import Sink
 from surgery.errors import CheckpointError
 
 THREADS = 2  # units at a time: one computes while the other reads or writes
-PAUSE = 1.0  # seconds between two lines of the journal, at least
+PAUSE = 2.0  # seconds between two lines of the journal, at least
 
 
 class Worker(Protocol):
@@ -50,6 +51,7 @@ def work_through(worker: Worker, sink: Sink, journal: Journal, jobs: int = 1, ma
     for line in journal.done:
         sink.digests.update(line["digests"])
         sink.late.update({name: said.encode() for name, said in line["late"].items()})
+    _return_pages()
     several = jobs > 1 and make is not None and len(left) > 1
     with ExitStack() as stack:
         if several and make is not None:
@@ -58,7 +60,14 @@ def work_through(worker: Worker, sink: Sink, journal: Journal, jobs: int = 1, ma
             do = lambda unit: worker.do(unit, sink)  # noqa: E731
         threads = min(jobs, len(left)) if several else THREADS
         pool = stack.enter_context(ThreadPoolExecutor(threads))
-        _commit(_done(pool, left, do, threads), sink, journal)
+        _commit(_done(pool, left, do), sink, journal)
+
+
+def _return_pages() -> None:
+    """Let the C library, where it is glibc, return freed tensors at once: else each thread keeps some for later."""
+    threshold = -3  # M_MMAP_THRESHOLD
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(threshold, 1 << 20)
 
 
 @contextmanager
@@ -105,6 +114,7 @@ def _serve(pipe: Connection, make: Make, directory: Path, wanted: bool, threads:
     """Do the units that come through a pipe, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other end decides
     torch.set_num_threads(threads)
+    _return_pages()
     worker, told = make(), list[int]()
     with Sink(directory, worker.files, wanted=wanted, tell=told.append) as sink:
         while True:
@@ -123,21 +133,13 @@ def _serve(pipe: Connection, make: Make, directory: Path, wanted: bool, threads:
 
 
 def _done(
-    pool: ThreadPoolExecutor, units: Sequence[int], do: Callable[[int], Sequence[str]], ahead: int
+    pool: ThreadPoolExecutor, units: Sequence[int], do: Callable[[int], Sequence[str]]
 ) -> Iterator[tuple[int, Sequence[str]]]:
-    """Units as they are done, with what each wrote; few are begun ahead, for each holds memory."""
-    waiting = iter(units)
-    running: dict[Future[Sequence[str]], int] = {}
+    """Units as they are done, with what each wrote. Those that wait hold no memory yet."""
+    running = {pool.submit(do, unit): unit for unit in units}
     try:
-        while True:
-            for unit in waiting:
-                running[pool.submit(do, unit)] = unit
-                if len(running) >= ahead:
-                    break
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+        for future in as_completed(running):
+            yield running[future], future.result()
     finally:
         for future in running:
             future.cancel()

@@ -91,9 +91,6 @@ class Lender:
 
     def _watch(self, path: str, module: nn.Module, names: tuple[str, ...]) -> None:
         def before(module: nn.Module, args: Any) -> None:
-            if path in self.layers:  # one that was left in the middle has not given back what it had
-                for other in self.layers & self.running.keys() - self.pinned - {path}:
-                    self._take_back(other)
             self._lend(path, names)
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -124,6 +121,9 @@ class Lender:
             self._take_back(path)
 
     def _lend(self, path: str, names: tuple[str, ...]) -> None:
+        if path in self.layers:  # one that was left in the middle has not given back what it had
+            for other in self.layers & self.running.keys() - self.pinned - {path}:
+                self._take_back(other)
         if path not in self.running:
             self.running[path] = names
             for name in names:

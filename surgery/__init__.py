@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from surgery.graph.experts import auxiliary_loss as auxiliary_loss
     from surgery.language import load_program as load_program
     from surgery.language import parse as parse
+    from surgery.training.lottery import lottery as lottery
     from surgery.training.optimizer import optimizer as optimizer
+    from surgery.training.schedule import schedule as schedule
     from surgery.verify import verify as verify
 
 __version__ = "0.1.0"
@@ -44,6 +46,7 @@ _HOMES = {
     "import_peft": "surgery.checkpoint.interchange.peft_import",
     "load": "surgery.checkpoint.load",
     "load_program": "surgery.language",
+    "lottery": "surgery.training.lottery",
     "merge": "surgery.compiler",
     "optimizer": "surgery.training.optimizer",
     "parameters": "surgery.compiler",
@@ -51,6 +54,7 @@ _HOMES = {
     "plan": "surgery.compiler",
     "route": "surgery.compiler",
     "save": "surgery.checkpoint.save",
+    "schedule": "surgery.training.schedule",
     "study": "surgery.anatomy",
     "unmerge": "surgery.compiler",
     "verify": "surgery.verify",
@@ -58,8 +62,8 @@ _HOMES = {
 
 __all__ = [
     "SurgeryError", "__version__", "activate", "active", "apply", "auxiliary_loss", "combine", "disabled", "export",
-    "import_peft", "load", "load_program", "merge", "optimizer", "parameters", "parse", "plan", "route",
-    "save", "study", "unmerge", "verify",
+    "import_peft", "load", "load_program", "lottery", "merge", "optimizer", "parameters", "parse", "plan", "route",
+    "save", "schedule", "study", "unmerge", "verify",
 ]  # fmt: skip
 
 

@@ -20,12 +20,14 @@ from surgery.operations.base import Operation, Ratio, Variant
 from surgery.operations.freeze import Freeze
 from surgery.operations.ia3 import Ia3
 from surgery.operations.lora import Lora
+from surgery.operations.lottery import Lottery
 from surgery.operations.optimize import NAMES, Optimize
 from surgery.operations.prefix import Prefix
 from surgery.operations.prompt import Prompt
 from surgery.operations.prune import Prune
 from surgery.operations.ptuning import Ptuning
 from surgery.operations.quantize import Quantize
+from surgery.operations.sparse import Sparse
 from surgery.operations.train import Train
 from tests import zoo
 from tests.reference_decoder import ReferenceDecoder, Shape, reference_decoder
@@ -115,6 +117,54 @@ def prunes(ratios: bool = True) -> st.SearchStrategy[Prune]:
     )
     patterns = st.builds(Prune, score=st.sampled_from(["magnitude", "random"]), amount=st.just(Ratio(1, 2)))
     return unstructured | patterns if ratios else unstructured
+
+
+def sparses(methods: tuple[str, ...] = ("static", "set", "rigl")) -> st.SearchStrategy[Sparse]:
+    """Masks that swap often, so that a few steps show it; with an end and without."""
+    moving = st.builds(
+        Sparse,
+        method=st.sampled_from([method for method in methods if method != "static"]),
+        amount=st.sampled_from([0.3, 0.5, 0.8]),
+        swap=st.sampled_from([None, 0.1, 0.5, 1.0]),
+        every=st.integers(1, 3),
+        until=st.sampled_from([None, 7, 12, 0.6, 1.0]),
+        budget=st.sampled_from(["er", "uniform"]),
+        start=st.sampled_from(["random", "magnitude"]),
+    )
+    if "static" not in methods:
+        return moving
+    amounts, starts = st.sampled_from([0.0, 0.37, 0.8]), st.sampled_from(["random", "magnitude"])
+    return moving | st.builds(Sparse, method=st.just("static"), amount=amounts, start=starts)
+
+
+def gradual() -> st.SearchStrategy[Prune]:
+    return st.builds(
+        Prune,
+        score=st.just("magnitude"),
+        amount=st.sampled_from([0.0, 0.2]),
+        to=st.sampled_from([0.5, 0.9]),
+        over=st.sampled_from([7, 9]),
+        every=st.integers(1, 3),
+        global_=st.booleans(),
+    )
+
+
+def lotteries() -> st.SearchStrategy[Lottery]:
+    return st.builds(
+        Lottery,
+        amount=st.sampled_from([0.5, 0.8]),
+        rounds=st.integers(1, 3),
+        rewind=st.sampled_from([0, 3]),
+        global_=st.booleans(),
+    )
+
+
+@st.composite
+def masked(draw: st.DrawFn, model: Model, operation: st.SearchStrategy[Operation]) -> Statement:
+    """A statement that trains weights under a mask, on whole projections: fused ones are not cut."""
+    role = draw(st.sampled_from(["attn", "ffn", "attn.o", "ffn.down"]))
+    scope = draw(st.none() | layer_ranges(model.layers))
+    return Statement(draw(operation), Role(role) if scope is None else Intersection(Role(role), scope))
 
 
 def quantizes() -> st.SearchStrategy[Quantize]:
@@ -279,13 +329,15 @@ def programs(draw: st.DrawFn, model: Model, exact: bool = False, merging: bool =
     # pissa and loftq take a part out of the weight, which is a conflict with masks
     free = all(not getattr(statement.operation, "from_weight", False) for statement in made)
     if free and draw(st.booleans()):
-        made.append(draw(statements(model, prunes())))
+        sparse = not quantized and draw(st.booleans())
+        made.append(draw(masked(model, sparses()) if sparse else statements(model, prunes())))
     if quantized:
         made.append(Statement(draw(quantizes()), Role("base")))
     if draw(st.booleans()):
         made.append(draw(statements(model, st.just(Ia3()))))
     if free and draw(st.booleans()):
-        made += draw(trainings(model, quantized))
+        sparse = any(isinstance(statement.operation, Sparse) for statement in made)
+        made += draw(trainings(model, quantized).filter(lambda said: not sparse or len(said) == 1))
     if draw(st.booleans()):
         made.append(Statement(draw(optimizes()), Union(())))
     if not merging and draw(st.booleans()):

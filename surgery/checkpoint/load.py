@@ -35,6 +35,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, tell: files.Tell =
 
 def read(directory: Path, model: nn.Module | None = None, tell: files.Tell = files.silent) -> LoadedModel:
     """As `load`, with the example inputs and the origin of the base."""
+    from surgery.training.masks import close
+
     if not directory.is_dir():
         raise CheckpointError.of("S401", f"no directory `{directory}`")
     manifest = Manifest.read(directory)
@@ -47,6 +49,7 @@ def read(directory: Path, model: nn.Module | None = None, tell: files.Tell = fil
         loaded = LoadedModel(model, manifest.origin or "", directory=directory)
     plan = replay(loaded.model, manifest, shaped=model is None and manifest.shape == "config")
     _fill(inventory(loaded.model), manifest, headers, tell)
+    close(loaded.model)
     remember(loaded.model, plan, manifest.untrained)
     _switch_off(loaded.model, manifest.inactive)
     loaded.model.eval()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from surgery.anatomy.parts import Part
-from surgery.compiler.training import tensors
+from surgery.compiler.training import count
 from surgery.errors import Diagnostic, PlanError, SurgeryError, standing_at
 from surgery.graph.affine import NotAffine
 from surgery.graph.fold import affine
@@ -87,7 +87,7 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0, base: Cost |
 
     if base is None:
         held = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        parameters, before = _count({id(t): t for t in model.parameters()}), sum(map(_size, held.values()))
+        parameters, before = sum(t.numel() for t in model.parameters()), sum(map(_size, held.values()))
     else:
         parameters, before = base.parameters, base.bytes_before
     drafts = Drafts(model, hollow=True, seed=seed, anew=True)
@@ -116,7 +116,7 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0, base: Cost |
         for tensor in drafts.shared(step):
             added[index] += tensor.numel()
             changed[index] += _size(tensor)
-    trained = tuple(_count(tensors([step], model)) for step in steps)
+    trained = tuple(count([step], model) for step in steps)
     return Cost(
         parameters,
         before,
@@ -125,7 +125,7 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0, base: Cost |
         tuple(changed),
         tuple(unmerged),
         trained,
-        _count(tensors(steps, model)),
+        count(steps, model),
     )
 
 

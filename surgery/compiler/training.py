@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -32,8 +32,10 @@ def settle(steps: Sequence[Step], model: nn.Module) -> tuple[tuple[Step, ...], t
             used |= {_key(model, part) for part, taker in zip(step.parts, takers, strict=True) if taker is not None}
             if not left:
                 problems.append(_nothing_left(step, next(iter(gone.values()))))
-            problems += _quantized(step, left, steps)
             step = replace(step, parts=left)
+        elif not step.operation.freezes:
+            problems += _frozen(step, freezing, model)
+        problems += _quantized(step, step.parts, steps)
         settled.append(step)
     if problems:
         raise PlanError(*problems)
@@ -71,6 +73,16 @@ def tensors(steps: Iterable[Step], model: nn.Module) -> dict[int, Tensor]:
     return found
 
 
+def count(steps: Sequence[Step], model: nn.Module) -> int:
+    """How many numbers of the base these steps train, each once; what a mask holds at zero is not trained."""
+    zeros: dict[int, int] = {}
+    for step in steps:
+        for part in step.parts:
+            key, number = id(_tensor(model, part)), step.operation.untrained(part)
+            zeros[key] = max(number, zeros.get(key, 0))
+    return sum(tensor.numel() - zeros[key] for key, tensor in tensors(steps, model).items())
+
+
 def trained(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
     """The same of a transformed model by full name; of a tensor in several places the first name."""
     wanted = tensors(plan.steps, model)
@@ -101,6 +113,18 @@ def _nothing_left(step: Step, taker: Step) -> Diagnostic:
         label=_other(step, taker),
         help="leave one of the two out, or narrow `freeze` with `in` or `except`",
     )
+
+
+def _frozen(step: Step, freezing: Mapping[object, Step], model: nn.Module) -> list[Diagnostic]:
+    """One diagnostic where a statement that trains weights by the way of its method is to leave some frozen."""
+    for part in step.parts:
+        taker = freezing.get(_key(model, part))
+        if taker is not None and step.operation.trains(part):
+            said = f"`{step.statement}` trains what `{taker.statement}` takes out: {part.path}"
+            span = _newer(step, taker).statement.span
+            help = "leave the place out of one of them with `except`"
+            return [Diagnostic("S115", said, span, label=_other(step, taker), help=help)]
+    return []
 
 
 def _quantized(step: Step, parts: Sequence[Part], steps: Sequence[Step]) -> list[Diagnostic]:

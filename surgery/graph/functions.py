@@ -34,6 +34,16 @@ def masked(weight: Any, bits: Any) -> Any:
     return weight * unpack_bits(bits, weight.shape) if weight.requires_grad else weight
 
 
+def masked_unless(weight: Any, bits: Any, dense: Any) -> Any:
+    """As `masked`; with the gradient of every weight while dense, (1,) uint8, is 255 and not 0.
+
+    The value is the same, since masked entries are zero. A tensor says so, and no flag, so that compiled code asks too.
+    """
+    if isinstance(weight, fx.Proxy):
+        return weight.tracer.create_proxy("call_function", masked_unless, (weight, bits, dense), {})
+    return masked(weight, bits | dense)
+
+
 def add_branch(y: Any, branch: Any) -> Any:
     """y + branch, in y's dtype and rounded once: branches may be float32 over a 16-bit base."""
     return (y + branch).to(y.dtype)

@@ -87,7 +87,7 @@ def _words(operation: Operation) -> list[str]:
             words.append(option.word)
             continue
         text = value_text(value, option)
-        unit = f" {option.unit}" if option.unit else ""
+        unit = f" {option.unit}" if option.unit and _form(value, option) != "share" else ""
         words.append(f"{option.word} {text}{unit}" if option.place == "option" else f"{text}{unit}")
     return words
 

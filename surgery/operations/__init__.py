@@ -27,10 +27,12 @@ TABLE: Mapping[str, str] = MappingProxyType(
         "moe": "surgery.operations.moe:Moe",
         "optimize": "surgery.operations.optimize:Optimize",
         "prefix": "surgery.operations.prefix:Prefix",
+        "lottery": "surgery.operations.lottery:Lottery",
         "prompt": "surgery.operations.prompt:Prompt",
         "prune": "surgery.operations.prune:Prune",
         "ptuning": "surgery.operations.ptuning:Ptuning",
         "repeat": "surgery.operations.repeat:Repeat",
+        "sparse": "surgery.operations.sparse:Sparse",
         "train": "surgery.operations.train:Train",
         "shots": "surgery.operations.shots:Shots",
     }

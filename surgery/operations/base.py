@@ -180,6 +180,11 @@ class Operation:
         """The operation with what its texts decide filled in. Runs first of all where there is a tokenizer."""
         return self
 
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """Names of its buffers that change while the model is trained."""
+        return ()
+
     def rewrites(self, part: Part) -> bool:
         """Whether the graph of this part is rewritten; False where only the tensors there are concerned."""
         return not self.reshapes()
@@ -206,6 +211,10 @@ class Operation:
     def trains(self, part: Part) -> bool:
         """Whether the base's own tensor at this part is trained."""
         return False
+
+    def untrained(self, part: Part) -> int:
+        """How many numbers of a tensor that it trains stay at zero, for the count of what is trained."""
+        return 0
 
     def rewrite(self, site: Any) -> None:
         """Edits the structure of one site; works on the meta device."""

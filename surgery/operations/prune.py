@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery.lazy import functions, lazy, torch
+from surgery.language.values import percent
+from surgery.lazy import lazy, torch
 from surgery.operations.base import (
     Count,
     File,
@@ -22,13 +23,16 @@ from surgery.operations.base import (
     option,
     quantity,
 )
+from surgery.operations.prune_gradual import cubic, cut_further
 from surgery.operations.prune_scores import by_layer, reconstructed, sensitivity
+from surgery.operations.subnetwork import MASK, STEP, Scheduled, fill_mask, put_mask
+from surgery.operations.train import whole_only
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Any
 
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from surgery.anatomy.parts import Kind, Part
     from surgery.graph import calibration
@@ -40,7 +44,7 @@ CALIBRATED = ("sensitivity", "wanda", "sparsegpt")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune(Operation):
+class Prune(Operation, Scheduled):
     """Set a share of the weights to zero and keep the mask beside them.
 
     Exactly round(share * count) weights go, of each matrix, with `rows` of each of its rows, or with `global` of all of
@@ -48,6 +52,10 @@ class Prune(Operation):
     all that a smaller one cuts. `sensitivity` is the mean of |dL/dw w| over the texts (SNIP, Lee et al. 2019); `wanda`
     is |w| times the norm of its input, within each row (Sun et al. 2024); `sparsegpt` also changes what stays so that
     it makes up for what goes (Frantar and Alistarh 2023). The last two go from layer to layer.
+
+    `magnitude 0% to 80% over 2000 steps` is gradual (Zhu and Gupta 2017): the weights are trained, without a `train`
+    statement, and `surgery.schedule(model, optimizer)` cuts more of them every so many steps, along a cubic:
+    s_f + (s_i - s_f) (1 - t/T)^3.
     """
 
     verb: ClassVar[str] = "prune"
@@ -65,6 +73,9 @@ class Prune(Operation):
     using: File | None = option("text, or JSONL with `text` or `input_ids`, to calibrate on", default=None)
     samples: Count = option("sequences of it that are read", default=128, at_least=1)
     length: Count = option("tokens of each sequence, at most", default=512, at_least=2)
+    to: Share | None = option("share that has gone in the end, where it grows while the model is trained", default=None)
+    over: Count | None = option("steps until then", default=None, unit="steps", at_least=1)
+    every: Count | None = option("how often more goes; unsaid 100 steps", default=None, unit="steps", at_least=1)
 
     def validate(self) -> Iterable[tuple[str, str, str]]:
         if isinstance(self.amount, Ratio) and self.global_:
@@ -80,9 +91,29 @@ class Prune(Operation):
         if isinstance(self.amount, Ratio) and not 0 < self.amount.part < self.amount.whole:
             yield "amount", f"{self.amount} keeps no share of its group", "write how many of how many stay: `2:4`"
 
+        yield from self._gradual_faults()
+
+    def _gradual_faults(self) -> Iterable[tuple[str, str, str]]:
+        if self.to is None:
+            for name in ("over", "every"):
+                if getattr(self, name) is not None:
+                    yield name, f"`{name}` says how a share grows, and nothing says how far", "add `to 80%`"
+            return
+        if self.score != "magnitude" or isinstance(self.amount, Ratio):
+            yield "to", f"`to` has no meaning in `{self}`", "a share of the smallest grows: `magnitude 0% to 80%`"
+        elif self.to <= self.amount:
+            yield "to", f"a share that grows cannot end at {percent(self.to)}", "let `to` be the larger share"
+        if self.over is None:
+            yield "to", "nothing says over how many steps the share grows", "add `over 2000 steps`"
+        elif self.over < self.period:
+            said = f"all is over at step {self.over}, and the first cut is at step {self.period}"
+            yield "over", said, "let `over` be longer, or `every` more often"
+
     def fits(self, part: Part) -> str | None:
         if part.tied:
             return f"its weight is shared with {', '.join(part.tied)}, which would be pruned as well"
+        if self.to is not None and whole_only(part):
+            return whole_only(part)
         if isinstance(self.amount, Ratio) and part.shape[1] % self.amount.whole:
             return f"its {part.shape[1]} inputs do not divide into groups of {self.amount.whole}"
         return None
@@ -106,6 +137,18 @@ class Prune(Operation):
         return (self.rows or self.score == "wanda") and not isinstance(self.amount, Ratio)
 
     @property
+    def period(self) -> int:
+        """Steps from one cut to the next, of a share that grows."""
+        return 100 if self.every is None else self.every
+
+    def trains(self, part: Part) -> bool:
+        return self.to is not None
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        return (MASK, STEP) if self.to is not None else ()
+
+    @property
     def needs_text(self) -> bool:
         return self.using is not None and calibration.wants_text(self.using)
 
@@ -125,30 +168,20 @@ class Prune(Operation):
         return ("mask",)
 
     def rewrite(self, site: Site) -> None:
-        # All ones until it is filled: the scores are taken of the weight as it is read, through this mask.
-        count = -(-site.part.shape[0] * site.part.shape[1] // 8)
-        bits = torch.full((count,), 255, dtype=torch.uint8, device=site.device)
-        site.mask_weight(functions.masked, site.buffer("weight_mask", bits))
+        put_mask(site, step=self.to is not None)  # all ones: the scores are taken of the weight as it is read
 
     def fill(self, sites: Sequence[Site], context: Any) -> None:
         if self.score not in ("wanda", "sparsegpt"):
-            for site, keep in zip(sites, self._stays(self._scores(sites, context)), strict=True):
-                self._keep(site, keep)
+            for site, keep in zip(sites, self.stays(self._scores(sites, context)), strict=True):
+                fill_mask(site, keep)
             return
         treat = self._wanda if self.score == "wanda" else self._sparsegpt
         for site, keep, rows in by_layer(sites, context, self._sequences(context), treat, self.score == "sparsegpt"):
             if self.score == "sparsegpt":
                 site.hold_rows(rows)
-            self._keep(site, keep)
+            fill_mask(site, keep)
 
-    def _keep(self, site: Site, keep: Tensor) -> None:
-        """Of a site's rows only these entries."""
-        mask = torch.ones(site.stored_shape, dtype=torch.bool, device=keep.device)
-        site.set_rows(mask, keep)
-        site.data("weight_mask").copy_(functions.pack_bits(mask))
-        site.zero_out(site.data("weight_mask"))
-
-    def _stays(self, scores: Sequence[Tensor]) -> list[Tensor]:
+    def stays(self, scores: Sequence[Tensor]) -> list[Tensor]:
         """What stays of each matrix of scores: the largest."""
         if isinstance(self.amount, Ratio):
             return [pattern(score, self.amount) for score in scores]
@@ -159,8 +192,42 @@ class Prune(Operation):
             return [torch.stack([largest(row, self.amount) for row in score]) for score in scores]
         return [largest(score, self.amount) for score in scores]
 
+    # ---- from step to step, of a share that grows
+
+    @property
+    def scheduled(self) -> bool:
+        return self.to is not None
+
+    def ending(self, steps: int | None) -> int | None:
+        return self.over
+
+    def turns(self, step: int, length: int | None) -> bool:
+        return length is not None and (step == length or (step < length and step % self.period == 0))
+
+    def share_at(self, step: int) -> float:
+        """The share that is zero once a step has been made."""
+        assert self.to is not None, "asked of a share that grows"
+        assert self.over is not None, "see `validate`"
+        assert not isinstance(self.amount, Ratio), "see `validate`"
+        return cubic(self.amount, self.to, min(1.0, step / self.over))
+
+    def masks(
+        self,
+        step: int,
+        length: int | None,
+        before: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        generators: Sequence[Generator],
+    ) -> list[Tensor]:
+        return cut_further(before, weights, self.settled(step).stays)
+
+    def settled(self, step: int) -> Prune:
+        """The statement with the share that is zero once a step has been made, as one that does not grow."""
+        return self if self.to is None else replace(self, amount=self.share_at(step), to=None, over=None, every=None)
+
     def _wanda(self, rows: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
-        (keep,) = self._stays([rows.abs() * moments.sqrt()])
+        (keep,) = self.stays([rows.abs() * moments.sqrt()])
         return keep, rows * keep
 
     def _sparsegpt(self, rows: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,7 @@ class Train(Operation):
             for path in part.tied if self.trains(part) else ():
                 if (path, part.parameter) not in seen:
                     yield f"training {part.path} trains {path} too: they share one {part.parameter}"
-        if any(_is_narrow(model, part) for part in parts if self.trains(part)):
+        if any(is_narrow(model, part) for part in parts if self.trains(part)):
             yield "`train` trains 16-bit tensors as they are: steps below their precision round away"
 
     def rewrite(self, site: Site) -> None:
@@ -92,6 +92,7 @@ def whole_only(part: Part) -> str | None:
     return None
 
 
-def _is_narrow(model: Any, part: Part) -> bool:
+def is_narrow(model: Any, part: Part) -> bool:
+    """Whether the tensor at a part has 16 bits or fewer."""
     tensor = model.get_submodule(part.path)._parameters.get(part.parameter)
     return tensor is not None and tensor.dtype.itemsize < 4

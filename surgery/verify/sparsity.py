@@ -14,6 +14,8 @@ from surgery.graph.draft import Draft
 from surgery.graph.functions import unpack_bits
 from surgery.graph.module import Rewritten
 from surgery.graph.site import Site
+from surgery.operations.subnetwork import STEP
+from surgery.training.masks import weights_of
 from surgery.verify.report import Finding
 from surgery.verify.subject import Subject
 
@@ -21,15 +23,15 @@ from surgery.verify.subject import Subject
 def exact_sparsity(subject: Subject) -> Iterator[Finding]:
     """Every place of every statement that promises it: counts are compared with what was asked, and must be equal.
 
-    Such an operation has an `amount`, a share of the weights or a Ratio of neighbours that stay, and keeps a bit mask
-    `weight_mask` beside each weight. With `global_` the count is that of all its places together, with `by_row` that of
-    each row.
+    Such an operation keeps a bit mask `weight_mask` beside each weight, and has an `amount`, a share of the weights or
+    a Ratio of neighbours that stay. With `global_` the count is that of all its places together, with `by_row` that of
+    each row. Or it says by `zeros_of` how many each place has; or by `settled` what it is once a step has been made.
     """
     for step in subject.steps:
         if "exact_sparsity" not in step.operation.promises():
             continue
-        counts = [_count(subject.model, step, part) for part in step.parts]
-        operation: Any = step.operation
+        operation = _operation(subject.model, step)
+        counts = [_count(subject.model, operation, step, part) for part in step.parts]
         if getattr(operation, "global_", False):
             total = sum(size for _, _, _, size in counts)
             cut = sum(cut for cut, *_ in counts)
@@ -41,14 +43,24 @@ def exact_sparsity(subject: Subject) -> Iterator[Finding]:
             yield Finding("exact_sparsity", part.path, error, 0.0, str(step.statement), note)
 
 
-def _count(model: nn.Module, step: Step, part: Part) -> tuple[int, int, int, int]:
-    """Masked weights, masked ones that are not zero, distance of the count from what was asked, and all weights."""
+def _operation(model: nn.Module, step: Step) -> Any:
+    """The statement as it is at the step at which its masks changed last."""
     operation: Any = step.operation
+    if STEP not in operation.moving:
+        return operation
+    steps = {each.step for each in weights_of(step, model, 0)}
+    return operation.settled(max(steps))
+
+
+def _count(model: nn.Module, operation: Any, step: Step, part: Part) -> tuple[int, int, int, int]:
+    """Masked weights, masked ones that are not zero, distance of the count from what was asked, and all weights."""
     module = model.get_submodule(part.path)
     weight, mask = _weight_and_mask(module, step, part)
     cut = int((~mask).sum())
     wrong = int((weight[~mask] != 0).sum())
-    if getattr(operation, "by_row", False):
+    if hasattr(operation, "zeros_of"):
+        excess = abs(cut - operation.zeros_of(part))
+    elif getattr(operation, "by_row", False):
         excess = int(((~mask).sum(1) - round(operation.amount * mask.shape[1])).abs().sum())
     elif isinstance(operation.amount, float | int):
         excess = abs(cut - round(operation.amount * mask.numel()))

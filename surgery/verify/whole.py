@@ -18,6 +18,7 @@ from surgery.graph.edge import Edge
 from surgery.graph.edge import attached as attached_edge
 from surgery.graph.fingerprint import changed, fingerprints
 from surgery.graph.module import Rewritten, rewritten
+from surgery.graph.site import tensor_name
 from surgery.verify.report import Finding
 from surgery.verify.subject import Subject
 
@@ -99,9 +100,20 @@ def frame(subject: Subject) -> Iterator[Finding]:
         return
     moved = changed(record.untouched, subject.model)
     yield Finding("frame", moved[0] if moved else "model", len(moved), 0.0, note="tensors that no statement selected")
-    frozen = {name: print_ for name, print_ in record.start.items() if name not in trained | declared}
+    moving = _moving(subject)
+    frozen = {name: print_ for name, print_ in record.start.items() if name not in trained | declared | moving}
     moved = changed(frozen, subject.model)
     yield Finding("frame", moved[0] if moved else "model", len(moved), 0.0, note="frozen tensors since it was applied")
+
+
+def _moving(subject: Subject) -> set[str]:
+    """Names of buffers that a schedule writes to."""
+    return {
+        f"{part.path}.{tensor_name(name, part, step.statement.name)}"
+        for step in subject.plan.steps
+        for part in step.parts
+        for name in step.operation.moving
+    }
 
 
 def round_trip(subject: Subject) -> Iterator[Finding]:

@@ -38,10 +38,11 @@ from surgery.operations.prompt import Prompt
 from surgery.operations.prune import Prune
 from surgery.operations.ptuning import Ptuning
 from surgery.operations.quantize import Quantize
+from surgery.operations.sparse import Sparse
 from surgery.operations.train import Train
 from surgery.verify.bounds import merge_bound
 from tests import strategies, zoo
-from tests.properties import hand, reshaping
+from tests.properties import dynamic, hand, reshaping
 from tests.reference_decoder import ReferenceDecoder
 from tests.strategies import Model
 
@@ -200,8 +201,10 @@ def plans_count_what_changes(case: Case) -> None:
         paths |= {part.path for part in plan.anatomy.parts if part.kind == "attention"}
     assert {path.removesuffix(".surgery_edge").removeprefix("surgery_prompt") for path, _ in rewritten(model)} == paths
     told = {id(tensor): tensor.numel() for tensor in model.parameters() if tensor.requires_grad}
-    assert sum(told.values()) == plan.cost.trainable
-    assert sum(tensor.numel() for tensor in surgery.parameters(model).values()) == plan.cost.trainable
+    assert sum(tensor.numel() for tensor in surgery.parameters(model).values()) == sum(told.values())
+    sparse = [step.parts for step in plan.steps if isinstance(step.operation, Sparse)]
+    zeros = sum(int((model.get_parameter(f"{part.path}.weight") == 0).sum()) for parts in sparse for part in parts)
+    assert sum(told.values()) - zeros == plan.cost.trainable
     for step in plan.steps:
         if not any(part.kind == "attention" for part in step.parts) and step.operation.granularity == "part":
             wanted = hand.spots(step.statement.selector, case.model.shape)
@@ -236,7 +239,7 @@ def identity_at_the_start(case: Case) -> None:
     on = case.run(model)
     with surgery.disabled(model):
         assert torch.equal(case.run(model), on)
-    if not case.has(Prune, Quantize):
+    if not case.has(Prune, Sparse, Quantize):
         assert torch.equal(case.run(case.build()), on)
     before = on
     randomise(model)
@@ -251,7 +254,7 @@ def off_means_off(case: Case) -> None:
         off = case.run(model)
     assert not torch.equal(on, off)
     assert torch.equal(case.run(model), on)
-    base = [s for s in case.program.statements if isinstance(s.operation, Prune | Quantize | Train | Freeze)]
+    base = [s for s in case.program.statements if isinstance(s.operation, Prune | Sparse | Quantize | Train | Freeze)]
     alone = case.apply(Program(tuple(base), seed=case.program.seed)) if base else case.build()
     with torch.no_grad():  # what is trained of the base stays as trained
         for name, tensor in surgery.parameters(alone).items():
@@ -509,7 +512,7 @@ def nothing_else_moves(case: Case) -> None:
     assert [name for name in model.state_dict() if name in before] == [name for name in keys if name in before]
     touched: set[str] = set()
     for step in case.plan().steps:
-        if isinstance(step.operation, Prune | Quantize) or getattr(step.operation, "from_weight", False):
+        if isinstance(step.operation, Prune | Sparse | Quantize) or getattr(step.operation, "from_weight", False):
             for part in step.parts:
                 name = f"{part.path}.weight"
                 touched.add(name)
@@ -781,6 +784,14 @@ def _plain_loras(model: Model) -> st.SearchStrategy[Program]:
     )
 
 
+def _masked(*operations: Callable[[], st.SearchStrategy[Any]]) -> Callable[[Model], st.SearchStrategy[Program]]:
+    def programs(model: Model) -> st.SearchStrategy[Program]:
+        statement = strategies.masked(model, st.one_of([operation() for operation in operations]))
+        return st.builds(lambda made, seed: Program((made,), seed=seed), statement, st.integers(0, 9))
+
+    return programs
+
+
 def _quantized(model: Model) -> st.SearchStrategy[Program]:
     statement = st.builds(Statement, strategies.quantizes(), st.just(Role("base")))
     pruned = strategies.statements(model, strategies.prunes(ratios=False))
@@ -897,6 +908,27 @@ LAWS: tuple[Law, ...] = (
         more_pruning_keeps_the_zeros,
         cases(_one(strategies.prunes(ratios=False))),
         2,
+    ),
+    Law(
+        "sparse training",
+        "swaps, cuts and steps are those of the papers, to the bit",
+        dynamic.trained_as_in_the_papers,
+        cases(_masked(strategies.sparses, strategies.gradual), ("float64", "float32")),
+        3,
+    ),
+    Law(
+        "resumed",
+        "a schedule that is interrupted goes on with the same bits",
+        dynamic.interrupted_training_goes_on,
+        cases(_masked(lambda: strategies.sparses(("set", "rigl")), strategies.gradual), _FLOATS),
+        3,
+    ),
+    Law(
+        "tickets",
+        "lottery tickets are those of the paper",
+        dynamic.tickets_as_in_the_paper,
+        cases(_masked(strategies.lotteries)),
+        3,
     ),
     Law("codes", "4-bit bytes are bitsandbytes' own, zeros stay", codes_are_bitsandbytes, cases(_quantized, _FLOATS)),
     Law("frame", "nothing else moves or is trained", nothing_else_moves, cases(_any, _FLOATS), 2),

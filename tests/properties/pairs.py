@@ -54,14 +54,18 @@ STATEMENTS: Mapping[str, Callable[[Model], Drawn]] = MappingProxyType(
         ),
         "lora": lambda model: strategies.statements(model, strategies.loras()),
         "optimize": lambda model: st.builds(Statement, strategies.optimizes(), st.just(Union(()))),
+        "lottery": lambda model: strategies.masked(model, strategies.lotteries()),
         "prefix": lambda model: _on_layers(strategies.prefixes()),
         "prompt": lambda model: _on_layers(strategies.prompts().filter(lambda made: made.verb == "prompt")),
-        "prune": lambda model: strategies.statements(model, strategies.prunes()),
+        "prune": lambda model: (
+            strategies.statements(model, strategies.prunes()) | strategies.masked(model, strategies.gradual())
+        ),
         "ptuning": lambda model: _on_layers(strategies.prompts().filter(lambda made: made.verb == "ptuning")),
         "quantize": lambda model: st.builds(
             Statement, strategies.quantizes(), st.sampled_from(["base", "ffn"]).map(Role)
         ),
         "shots": lambda model: _on_layers(st.builds(Shots, count=st.integers(1, 2), from_=st.just(EXAMPLES))),
+        "sparse": lambda model: strategies.masked(model, strategies.sparses()),
         "train": _trained,
     }
 )

@@ -147,10 +147,12 @@ class _Binder:
         if option.place == "flag":
             self.values[option.name] = True
             return
-        value, span = self.option_value(option, word)
+        try:
+            value, span = self.option_value(option, word)
+        finally:
+            self.unit(option)  # of a wrong value too: one fault
         self.values[option.name] = value
         self.places[option.name] = Span(span.source, word.span.start, span.stop)
-        self.unit(option)
 
     def kind(self, word: Word) -> None:
         for option in self.kinds:

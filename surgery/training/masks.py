@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surgery.anatomy.parts import Part
 from surgery.compiler.plan import Step
+from surgery.compiler.record import record_of
 from surgery.errors import GraphError
 from surgery.graph.functions import pack_bits, unpack_bits
 from surgery.graph.module import rewritten
 from surgery.graph.site import seed_of, tensor_name
 from surgery.operations.subnetwork import DENSE, MASK, STEP
+
+HOLDS = "_surgery_holds_zeros"
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,29 @@ class MaskedWeight:
 def weights_of(step: Step, model: nn.Module, seed: int) -> list[MaskedWeight]:
     """The places of a statement in a model to which it was applied."""
     return [MaskedWeight(model, part, step.operation.verb, step.statement.name, seed) for part in step.parts]
+
+
+def hold_zeros(model: nn.Module, optimizer: Any) -> None:
+    """Set masked weights back to zero after every step of an optimizer whose arithmetic may move them.
+
+    torch's own leave a zero alone that has no gradient and no moments. bitsandbytes' 8-bit states know no exact zero on
+    a CPU, where zero is encoded as 2e-5 of the largest: that is a step of a whole learning rate in Lion.
+    """
+    if type(optimizer).__module__.startswith("torch.optim") or getattr(optimizer, HOLDS, False):
+        return
+    watched = weakref.ref(model)
+
+    def after_step(*_: Any) -> None:
+        alive = watched()
+        record = None if alive is None else record_of(alive)
+        for step in () if record is None else record.plan.steps:
+            for each in weights_of(step, alive, 0) if "exact_sparsity" in step.operation.promises() else ():
+                if each.weight.requires_grad:
+                    with torch.no_grad():
+                        each.weight.masked_fill_(~each.lie(each.mask()), 0)
+
+    optimizer.register_step_post_hook(after_step)
+    setattr(optimizer, HOLDS, True)
 
 
 def close(model: nn.Module) -> None:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def optimizer(model: nn.Module) -> Optimizer:
     """The optimizer of the `optimize` statement in the program that was applied to a model.
 
-    It steps `surgery.parameters(model)` and nothing else, matrices with the statement's decay and vectors without. Its
+    It steps `surgery.parameters(model)` and nothing else, matrices with the statement's decay and vectors without, and
+    leaves what a mask sets to zero where it is. Its
     state dict is loaded into that of a model from `surgery.load`, to train on as if there had been no pause.
     Errors: GraphError S370 the model was not transformed, S371 its program has no `optimize`; PlanError S116 where the
     statement is strict and this device has a substitute only.
@@ -24,6 +25,7 @@ def optimizer(model: nn.Module) -> Optimizer:
     from surgery.compiler.record import parameters, record_of
     from surgery.operations.optimize import Optimize
     from surgery.training.choice import choose
+    from surgery.training.masks import hold_zeros
     from surgery.training.pages import page
 
     record = record_of(model)
@@ -47,6 +49,7 @@ def optimizer(model: nn.Module) -> Optimizer:
     with standing_at(step.statement.span):
         choice.allowed(operation)
     made: Any = choice.make(groups(operation, tensors), arguments(operation))
+    hold_zeros(model, made)
     return page(made) if choice.mapped else made  # type: ignore[no-any-return]
 
 

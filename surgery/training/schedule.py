@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgery.compiler.record import record_of
 from surgery.errors import GraphError
 from surgery.operations.subnetwork import Scheduled
-from surgery.training.masks import MaskedWeight, weights_of
+from surgery.training.masks import MaskedWeight, hold_zeros, weights_of
 from surgery.training.moments import bare, forget
 
 
@@ -52,6 +52,7 @@ def schedule(model: nn.Module, optimizer: Any, steps: int | None = None) -> Sche
             "nothing in the program that was applied to this model has a schedule",
             help="say `sparse rigl 80% on ffn`, or `prune magnitude 0% to 80% over 2000 steps on ffn`",
         )
+    hold_zeros(model, bare(optimizer))
     return Schedule(works, bare(optimizer))
 
 

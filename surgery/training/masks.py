@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from surgery.anatomy.parts import Part
 from surgery.compiler.plan import Step
 from surgery.compiler.record import record_of
-from surgery.errors import GraphError
 from surgery.graph.functions import pack_bits, unpack_bits
 from surgery.graph.module import rewritten
 from surgery.graph.site import seed_of, tensor_name
@@ -34,14 +33,18 @@ class MaskedWeight:
     @property
     def weight(self) -> nn.Parameter:
         """As it is stored, (in, out) of a transposed one."""
-        found = self.model.get_submodule(self.part.path).get_parameter(self.part.parameter)
-        if getattr(found, "device_mesh", None) is not None:
-            raise GraphError.of(
-                "S374",
-                f"{self.part.path} is split over processes, and its mask is chosen of all of it",
-                help="train with data parallelism, which keeps it whole",
-            )
-        return found
+        return self.model.get_submodule(self.part.path).get_parameter(self.part.parameter)
+
+    @property
+    def split(self) -> bool:
+        """Whether the weight is split over processes, each of which holds a part."""
+        return getattr(self.weight, "device_mesh", None) is not None
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is a weight that wants gradients, with its mask beside it: no codes, and nothing merged."""
+        weight = self.model.get_submodule(self.part.path)._parameters.get(self.part.parameter)
+        return weight is not None and weight.requires_grad and self._has(MASK)
 
     def mask(self) -> Tensor:
         """(out, in), True where a weight is kept."""
@@ -103,15 +106,22 @@ def hold_zeros(model: nn.Module, optimizer: Any) -> None:
 
     def after_step(*_: Any) -> None:
         alive = watched()
-        record = None if alive is None else record_of(alive)
-        for step in () if record is None else record.plan.steps:
-            for each in weights_of(step, alive, 0) if "exact_sparsity" in step.operation.promises() else ():
-                if each.weight.requires_grad:
-                    with torch.no_grad():
-                        each.weight.masked_fill_(~each.lie(each.mask()), 0)
+        for each in () if alive is None else _all_masked(alive):
+            if each.trained and not each.split:
+                with torch.no_grad():
+                    each.weight.masked_fill_(~each.lie(each.mask()), 0)
 
     optimizer.register_step_post_hook(after_step)
     setattr(optimizer, HOLDS, True)
+
+
+def _all_masked(model: nn.Module) -> list[MaskedWeight]:
+    """Every weight under a mask, of whatever statement."""
+    record = record_of(model)
+    steps = [] if record is None else record.plan.steps
+    return [
+        each for step in steps if "exact_sparsity" in step.operation.promises() for each in weights_of(step, model, 0)
+    ]
 
 
 def close(model: nn.Module) -> None:

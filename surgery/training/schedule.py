@@ -73,6 +73,12 @@ class Schedule:
         self.works, self.optimizer, self.count = works, optimizer, 0
         stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
         for each in (each for work in works for each in work.weights):
+            if each.split:
+                raise GraphError.of(
+                    "S374",
+                    f"{each.part.path} is split over processes, and its mask is chosen of all of it",
+                    help="train with data parallelism, which keeps it whole",
+                )
             if id(each.weight) not in stepped:
                 raise GraphError.of(
                     "S374",

@@ -409,3 +409,14 @@ def test_trained_pruned_weights_keep_their_zeros_in_8_bits(name: str) -> None:
         assert optimizer.state[each.weight]["state1"].dtype == torch.uint8
         assert torch.equal(each.weight == 0, zeros[each.part.path])
     assert surgery.verify(model).of("exact_sparsity")
+
+
+def test_codes_have_no_zeros_to_hold() -> None:
+    """A pruned weight in four bits is not trained, whatever the optimizer of what is."""
+    model = applied("prune magnitude 50% on ffn\nquantize base nf4\nlora rank 2 on ffn\noptimize adamw8bit lr 0.01")
+    optimizer: Any = surgery.optimizer(model)
+    before = {name: tensor.clone() for name, tensor in surgery.parameters(model).items()}
+    loss(model).backward()
+    optimizer.step()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in surgery.parameters(model).items())
+    assert surgery.verify(model, example_inputs=FED)

@@ -142,10 +142,6 @@ def _once(said: Sequence[Diagnostic], message: str) -> Diagnostic:
     return replace(first, label=f"{len(said)} such places")
 
 
-def _count(held: Mapping[int, Tensor]) -> int:
-    return sum(tensor.numel() for tensor in held.values())
-
-
 def _kind(model: nn.Module, steps: Sequence[Step], place: tuple[str, str], visits: list[tuple[int, Part]]) -> object:
     """Equal for places where the same edits cost the same."""
     module = model.get_submodule(place[0])

@@ -87,7 +87,7 @@ def test_every_statement_of_the_language_parses_and_formats() -> None:
     with pytest.raises(ProgramError) as caught:
         parse(text.replace('include "base.surgery"', ""))
     unknown = {d.span.text for d in caught.value.diagnostics if d.code == "S010" and d.span}
-    assert unknown == {"require"}
+    assert "require" in unknown
     assert not unknown & {"lora", "quantize", "prefix", "prune"}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,13 @@ def study(model: nn.Module, example_inputs: Any = None) -> Anatomy:
     are not transformers text models. Dimensions should be at least 2 and all different.
     Raises ModelError S201 (no example inputs) and S202 (cannot be exported).
     """
+    with studied(model, example_inputs) as roles:
+        return build(model, roles)
+
+
+@contextmanager
+def studied(model: nn.Module, example_inputs: Any = None) -> Iterator[Roles]:
+    """The roles of a model's graph, and inside whatever computing with it needs."""
     if example_inputs is None:
         example_inputs = example(model, torch.device("cpu"))
     arguments: tuple[Any, ...] = ()
@@ -38,4 +46,4 @@ def study(model: nn.Module, example_inputs: Any = None) -> Anatomy:
     lists = Lists(model)
     # Whatever the caller has switched: numbers are computed here, with gradients, on the CPU.
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-        return build(model, Roles(Flow(traced, lists)))
+        yield Roles(Flow(traced, lists))

@@ -72,6 +72,8 @@ class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
+        # Numbers of its own, as modules have them that can lose heads.
+        self.heads, self.key_value_heads, self.head_width = shape.heads, shape.key_value_heads, shape.head_width
         key_value = shape.key_value_heads * shape.head_width
         if shape.fused:
             self.qkv = nn.Linear(shape.width, shape.width + 2 * key_value, bias=shape.bias)
@@ -82,16 +84,16 @@ class Attention(nn.Module):
         self.o = nn.Linear(shape.width, shape.width, bias=shape.bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        shape, groups = self.shape, self.shape.heads // self.shape.key_value_heads
+        shape, groups = self.shape, self.heads // self.key_value_heads
         batch, length, _ = x.shape
-        key_value = shape.key_value_heads * shape.head_width
+        key_value = self.key_value_heads * self.head_width
         if shape.fused:
-            q, k, v = self.qkv(x).split((shape.width, key_value, key_value), dim=-1)
+            q, k, v = self.qkv(x).split((self.heads * self.head_width, key_value, key_value), dim=-1)
         else:
             q, k, v = self.q(x), self.k(x), self.v(x)
-        q = q.view(batch, length, shape.heads, shape.head_width).transpose(1, 2)
-        k = k.view(batch, length, shape.key_value_heads, shape.head_width).transpose(1, 2)
-        v = v.view(batch, length, shape.key_value_heads, shape.head_width).transpose(1, 2)
+        q = q.view(batch, length, self.heads, self.head_width).transpose(1, 2)
+        k = k.view(batch, length, self.key_value_heads, self.head_width).transpose(1, 2)
+        v = v.view(batch, length, self.key_value_heads, self.head_width).transpose(1, 2)
         if shape.positions == "rotary":
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -100,9 +102,9 @@ class Attention(nn.Module):
         elif shape.attention == "masked":
             out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            scores = q @ k.transpose(-2, -1) / math.sqrt(shape.head_width)
+            scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_width)
             out = functional.softmax(scores.masked_fill(~mask, -1e30), dim=-1) @ v
-        return self.o(out.transpose(1, 2).reshape(batch, length, shape.width))
+        return self.o(out.transpose(1, 2).reshape(batch, length, self.heads * self.head_width))
 
 
 class FeedForward(nn.Module):

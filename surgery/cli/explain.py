@@ -7,6 +7,7 @@ import re
 import click
 from click.shell_completion import CompletionItem
 
+from surgery.cli.reference import next_words
 from surgery.errors import ProgramError
 from surgery.language.explain import explain, explanations
 from surgery.language.reference import verb_section
@@ -16,15 +17,17 @@ from surgery.operations import lookup, verbs
 
 
 def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    known = [*sorted(verbs()), *explanations()]
+    said = ctx.params.get(parameter.name or "") or ()
+    known = [*next_words(said), *(() if said else explanations())]
     return [CompletionItem(word) for word in known if word.lower().startswith(incomplete.lower())]
 
 
 @click.command()
-@click.argument("topic", required=False, metavar="[CODE|VERB]", shell_complete=_complete)
-def command(topic: str | None) -> None:
+@click.argument("words", nargs=-1, metavar="[CODE|VERB]", shell_complete=_complete)
+def command(words: tuple[str, ...]) -> None:
     """Tell the long story of an error code, or the options of a verb; without either, list both."""
-    if topic is None:
+    topic = " ".join(words)
+    if not topic:
         click.echo(_overview())
     elif re.fullmatch(r"[Ss]\d+", topic):
         click.echo(_code(topic))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -11,7 +12,27 @@ from surgery.operations import TABLE, verbs
 
 
 def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    return [verb for verb in sorted(verbs()) if verb.startswith(incomplete)]
+    said = ctx.params.get(parameter.name or "") or ()
+    return [word for word in next_words(said[-1:]) if word.startswith(incomplete)]
+
+
+def next_words(said: Sequence[str]) -> list[str]:
+    """What may follow, for completion: verbs, or the second words of the verb that was just said and then verbs."""
+    known = sorted(verbs())
+    firsts = [verb for verb in known if " " not in verb]
+    return [verb.partition(" ")[2] for verb in known if said and verb.startswith(f"{said[-1]} ")] + firsts
+
+
+def joined(words: Sequence[str]) -> list[str]:
+    """The verbs that some words are, of one word or two."""
+    found: list[str] = []
+    known = verbs()
+    for word in words:
+        if found and f"{found[-1]} {word}" in known:
+            found[-1] = f"{found[-1]} {word}"
+        else:
+            found.append(word)
+    return found
 
 
 @click.command()
@@ -25,6 +46,6 @@ def command(chosen: tuple[str, ...], write: Path | None) -> None:
         head = write.read_text("utf-8").partition(MARKER)[0]
         write.write_text(reference(head, TABLE), "utf-8")
     elif chosen:
-        click.echo("\n\n".join(verb_section(verb) for verb in chosen))
+        click.echo("\n\n".join(verb_section(verb) for verb in joined(chosen)))
     else:
         click.echo(reference(None, verbs()), nl=False)

@@ -215,7 +215,18 @@ def _reshaped(
     found = conflicts(steps)
     if found:
         raise PlanError(*found)
+    steps[:] = [_studied(step, model, example_inputs) for step in steps]
     return double(steps, model, anatomy, example_inputs)
+
+
+def _studied(step: Step, model: nn.Module, example_inputs: Any) -> Step:
+    """The step with what its operation has to know of the model that it reshapes; errors stand at the statement."""
+    statement = step.statement
+    try:
+        operation = step.operation.studied(step.parts, model, example_inputs)
+        return replace(step, statement=replace(statement, operation=operation))
+    except SurgeryError as error:
+        raise PlanError(*(replace(each, span=each.span or statement.span) for each in error.diagnostics)) from None
 
 
 def _order(step: Step) -> tuple[int, str]:

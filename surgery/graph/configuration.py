@@ -7,7 +7,7 @@ whose model has the names, shapes and plain attributes of the reshaped one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, combinations, islice, product
 from typing import Any
 
@@ -27,8 +27,8 @@ STATES = ("training", "name_or_path", "gradient_checkpointing")
 def fit(model: nn.Module, changes: Sequence[Change]) -> bool:
     """Let a transformers model's configuration say its new shape; whether `from_pretrained` would build it so.
 
-    Where no choice of fields gives the same model, the likeliest are changed all the same, for caches to be of the
-    right size.
+    Where no choice of fields gives the same model, the likeliest are changed all the same, and the number of layers in
+    any case, for caches to be of the right size.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
@@ -42,8 +42,20 @@ def fit(model: nn.Module, changes: Sequence[Change]) -> bool:
             _follow(model, made, fields)
             return True
         likeliest = likeliest or fields
-    _say(model, likeliest or next(_choices(config, changes), {}), {each.was: each.now for each in changes})
+    layers = [each for each in changes if each.kept is not None]  # widths that no field gives are in none
+    _say(model, likeliest or next(_choices(config, layers), {}), {each.was: each.now for each in layers})
     return False
+
+
+def like(model: nn.Module, changes: Sequence[Change], shapes: Mapping[str, torch.Size]) -> Iterator[nn.Module]:
+    """Models of the family, without weights, whose configuration has these changes and whose tensors these shapes."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        for fields in _choices(config, changes):
+            made = _made(type(model), config, fields)
+            found = {} if made is None else _shapes(made)
+            if made is not None and all(found.get(name) == shape for name, shape in shapes.items()):
+                yield made
 
 
 def _say(model: nn.Module, fields: dict[str, Any], now: dict[int, int]) -> None:

@@ -36,6 +36,7 @@ class Context:
 
 def bind(act: Act, context: Context) -> Statement:
     """The statement that was written. Raises ProgramError with everything that is wrong with it."""
+    act = _with_second_word(act, context.vocabulary)
     try:
         operation = context.vocabulary.lookup(act.verb.text)
     except ProgramError as error:
@@ -45,7 +46,29 @@ def bind(act: Act, context: Context) -> Statement:
     return _Binder(act, operation, context).statement()
 
 
-def _unknown_verb(verb: Word, known: Mapping[str, str]) -> ProgramError:
+def _with_second_word(act: Act, vocabulary: Vocabulary) -> Act:
+    """The statement with a verb of two words where its first item is the second one."""
+    first = act.items[0] if act.items else None
+    longer = vocabulary.longer(act.verb.text) if isinstance(first, Word) else []
+    if not longer or not isinstance(first, Word):
+        return act
+    seconds = [verb.partition(" ")[2] for verb in longer]
+    if first.text in seconds:
+        span = Span(act.verb.span.source, act.verb.span.start, first.span.stop)
+        return replace(act, verb=Word(f"{act.verb.text} {first.text}", span), items=act.items[1:])
+    operation = vocabulary.lookup(act.verb.text)
+    options = schema(operation) if operation is not None else ()
+    own = [option.word for option in options] + [str(word) for option in options for word in option.choices]
+    if first.text not in own and nearest(first.text, [*own, *seconds]) in seconds:
+        said = f"{act.verb.text} takes no '{first.text}'"
+        raise ProgramError.of(
+            "S011", said, first.span, did_you_mean(first.text, seconds), f"verbs are {listed(longer, 'and')}"
+        )
+    return act
+
+
+def _unknown_verb(verb: Word, verbs: Mapping[str, str]) -> ProgramError:
+    known = dict.fromkeys(name.partition(" ")[0] for name in verbs)
     return ProgramError(
         Diagnostic(
             "S010",

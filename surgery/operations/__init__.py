@@ -1,4 +1,7 @@
-"""The verbs: a table from name to class, imported when used. Other packages add to it by entry points."""
+"""The verbs: a table from name to class, imported when used. Other packages add to it by entry points.
+
+A verb may have two words, `prune neurons`: then it is another one than its first word, with options of its own.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,8 @@ TABLE: Mapping[str, str] = MappingProxyType(
         "lottery": "surgery.operations.lottery:Lottery",
         "prompt": "surgery.operations.prompt:Prompt",
         "prune": "surgery.operations.prune:Prune",
+        "prune heads": "surgery.operations.prune_heads:PruneHeads",
+        "prune neurons": "surgery.operations.prune_neurons:PruneNeurons",
         "ptuning": "surgery.operations.ptuning:Ptuning",
         "repeat": "surgery.operations.repeat:Repeat",
         "sparse": "surgery.operations.sparse:Sparse",
@@ -51,6 +56,11 @@ class Vocabulary:
     def verbs(self) -> dict[str, str]:
         """Every verb and where its class is, `module:Class`. Other packages add verbs; they cannot replace ours."""
         return {**self.installed, **TABLE}
+
+    def longer(self, verb: str) -> list[str]:
+        """The verbs of two words whose first one this is."""
+        known = TABLE if verb in TABLE else self.verbs()
+        return sorted(name for name in known if name.startswith(f"{verb} "))
 
     def lookup(self, verb: str) -> type[Operation] | None:
         """The class of a verb, None when there is no such verb. Raises ProgramError (S040): its package is broken."""

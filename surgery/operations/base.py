@@ -194,6 +194,13 @@ class Operation:
         """Whether it changes the model itself, its widths, experts or layers, before all other statements act on it."""
         return cls.phase in ("shrink", "route", "depth")
 
+    def studied(self, parts: Sequence[Part], model: Any, inputs: Any) -> Operation:
+        """The operation with what it has to know of the model that it reshapes, and shapes alone tell.
+
+        Runs while planning; the model stays as it is. inputs: as of `surgery.study`. May raise any of our errors.
+        """
+        return self
+
     def reshape(self, parts: Sequence[Part], shaping: Any) -> None:
         """Changes the model in place, on shapes alone as well, and tells `shaping` what its configuration should say.
 

@@ -24,7 +24,7 @@ from surgery.operations.base import (
     quantity,
 )
 from surgery.operations.prune_gradual import cubic, cut_further
-from surgery.operations.prune_scores import by_layer, reconstructed, sensitivity
+from surgery.operations.prune_scores import by_layer, read_texts, reconstructed, sensitivity
 from surgery.operations.subnetwork import MASK, STEP, Scheduled, fill_mask, put_mask
 from surgery.operations.train import whole_only
 
@@ -176,7 +176,8 @@ class Prune(Operation, Scheduled):
                 fill_mask(site, keep)
             return
         treat = self._wanda if self.score == "wanda" else self._sparsegpt
-        for site, keep, rows in by_layer(sites, context, self._sequences(context), treat, self.score == "sparsegpt"):
+        texts = read_texts(self, context.anatomy, context.tokenizer)
+        for site, keep, rows in by_layer(sites, context, texts, treat, self.score == "sparsegpt"):
             if self.score == "sparsegpt":
                 site.hold_rows(rows)
             fill_mask(site, keep)
@@ -239,15 +240,10 @@ class Prune(Operation, Scheduled):
 
         return reconstructed(rows, hessian, keep_in, self.amount.whole if isinstance(self.amount, Ratio) else 0)
 
-    def _sequences(self, context: Any) -> list[Tensor]:
-        assert self.using is not None
-        vocabulary = max(part.shape[0] for part in context.anatomy.parts if part.role == "embed")
-        return calibration.batches(self.using, context.tokenizer, self.samples, self.length, vocabulary)
-
     def _scores(self, sites: Sequence[Site], context: Any) -> list[Tensor]:
         """(rows, in) of each site, larger is better; float32, or float64 for float64 weights."""
         if self.score == "sensitivity":
-            found = sensitivity(sites, context.model, self._sequences(context))
+            found = sensitivity(sites, context.model, read_texts(self, context.anatomy, context.tokenizer))
             return [site.rows_of(score) for site, score in zip(sites, found, strict=True)]
         return [site.rows_of(self._score(site)) for site in sites]
 

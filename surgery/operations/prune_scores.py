@@ -13,6 +13,7 @@ from surgery.lazy import lazy, torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from surgery.anatomy.parts import Anatomy
     from surgery.graph import calibration
     from surgery.graph.site import Site
 else:
@@ -30,6 +31,12 @@ def sensitivity(sites: Sequence[Site], model: Any, sequences: Sequence[Tensor]) 
     Errors: GraphError S398 for a model that gives no loss, or one that is no number.
     """
     parameters = [model.get_submodule(site.path).get_parameter(site.part.parameter) for site in sites]
+    found = taylor(parameters, model, sequences)
+    return [total.t() if site.draft.facts.transposed else total for site, total in zip(sites, found, strict=True)]
+
+
+def taylor(parameters: Sequence[Tensor], model: Any, sequences: Sequence[Tensor]) -> list[Tensor]:
+    """Mean over the sequences of |dL/dw * w|, of the shape of each parameter. Errors as of `sensitivity`."""
     sums = [torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device) for parameter in parameters]
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -46,7 +53,13 @@ def sensitivity(sites: Sequence[Site], model: Any, sequences: Sequence[Tensor]) 
     finally:
         for parameter, was in wanted.items():
             parameter.requires_grad_(was)
-    return [total.t() if site.draft.facts.transposed else total for site, total in zip(sites, sums, strict=True)]
+    return sums
+
+
+def read_texts(operation: Any, anatomy: Anatomy, tokenizer: Any) -> list[Tensor]:
+    """The sequences of a statement's `using`. Errors: PlanError S130."""
+    vocabulary = max(part.shape[0] for part in anatomy.parts if part.role == "embed")
+    return calibration.batches(operation.using, tokenizer, operation.samples, operation.length, vocabulary)
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:

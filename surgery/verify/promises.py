@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
-from surgery.verify import edges, mixture, places, shape, sparsity, stacks, text, whole
+from surgery.verify import cuts, edges, mixture, places, shape, sparsity, stacks, text, whole
 from surgery.verify.report import Finding
 from surgery.verify.subject import Subject
 
@@ -22,6 +22,7 @@ PROMISES: Mapping[str, tuple[Check, ...]] = MappingProxyType(
         ),
         "experts_agree": (mixture.experts_agree,),
         "merges": (places.merges, stacks.stack_merges),
+        "shrunk_equals_masked": (cuts.shrunk_equals_masked,),
         "exact_sparsity": (sparsity.exact_sparsity,),
         "exact_codes": (places.exact_codes,),
         "soft_equals_hard": (text.soft_equals_hard,),

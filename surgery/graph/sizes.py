@@ -1,0 +1,260 @@
+"""Which numbers that modules state change when units are cut: found by trying, and checked on the graph.
+
+A choice is right when the groups of the cut model, studied again, are those of the model before without the units: the
+same rows of the same tensors, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice, product
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from surgery.anatomy.groups import Group
+from surgery.anatomy.inputs import example
+from surgery.anatomy.shadow import shadow
+from surgery.anatomy.stacks import Lists
+from surgery.anatomy.units import coupled
+from surgery.errors import GraphError, ModelError
+from surgery.graph.configuration import like
+from surgery.graph.cutting import CONFIG, STATED, Cut, Size, narrow, staying, tensor_of
+from surgery.graph.shaping import Change
+
+MOST = 48
+"""Choices of sizes that are tried."""
+Key = tuple[str, str]  # a module's path within its part of the layer, and an attribute
+
+
+def with_sizes(model: nn.Module, cuts: Sequence[Cut], changes: Sequence[Change], inputs: Any) -> list[Cut]:
+    """The cuts with the sizes that have to change. Works on shapes alone; the model stays as it is.
+
+    A transformers model takes them from one of its family that has the new shapes, where a configuration gives it.
+    cuts: of groups of one kind. changes: numbers that a configuration may state. inputs: as of `study`.
+    Errors: GraphError S332 where no choice gives a model that computes with the units that stay.
+    """
+    lists = Lists(model)
+    cuts = [cut.leftmost() for cut in cuts]
+    found = [_candidates(model, cut, lists) for cut in cuts]
+    reason = ""
+    for sizes in chain(_suggested(model, cuts, changes, found), _tried(found)):
+        sized = [replace(cut, sizes=tuple(each)) for cut, each in zip(cuts, sizes, strict=True)]
+        fault = _fault(model, sized, inputs)
+        if fault is None:
+            return sized
+        reason = reason or fault
+    raise GraphError.of(
+        "S332",
+        f"{cuts[0].group.places[0]} cannot be cut: {reason}",
+        label="no size that a module states makes the rest fit",
+        help="let the module hold its number of heads or its width as an attribute, and its forward go by that",
+    )
+
+
+@dataclass
+class Candidate:
+    """Attributes that have a size which changes: of the like modules at `paths`, from `was` to one of `now`."""
+
+    was: int
+    now: tuple[int, ...]
+    paths: list[str]
+
+
+Found = Sequence[Mapping[Key, Candidate]]  # of each cut
+
+
+def _suggested(
+    model: nn.Module, cuts: Sequence[Cut], changes: Sequence[Change], found: Found
+) -> Iterator[list[list[Size]]]:
+    """What a model of the family with the new shapes states; first without its configuration."""
+    double = shadow(model, once=False).module
+    narrow(double, cuts)
+    shapes = {name: tensor_of(double, name).shape for name in staying(cuts)}
+    for made in islice(like(model, changes, shapes), 1):
+        for fields in (False, True):
+            yield [list(_stated(made, each, fields)) for each in found]
+
+
+def _stated(made: nn.Module, candidates: Mapping[Key, Candidate], fields: bool) -> Iterator[Size]:
+    for (_, name), one in candidates.items():
+        if fields or not name.startswith(CONFIG):
+            for path in one.paths:
+                now = dict(_numbers(made.get_submodule(path))).get(name, one.was)
+                if now != one.was:
+                    yield Size(path, name, one.was, now)
+
+
+def _tried(found: Found) -> Iterator[list[list[Size]]]:
+    """Choices among what has one of the sizes that change."""
+    options = {key: len(one.now) for each in found for key, one in each.items()}
+    for choice in _choices(options):
+        yield [list(_sizes(each, choice)) for each in found]
+
+
+def _candidates(model: nn.Module, cut: Cut, lists: Lists) -> dict[Key, Candidate]:
+    """Among the modules around what is cut."""
+    changes = _changes(cut)
+    found: dict[Key, Candidate] = {}
+    by_place: dict[Any, list[str]] = {}
+    for axis in (*cut.group.axes, *cut.group.shared):
+        by_place.setdefault(lists.place(axis.path), []).append(axis.path)
+    for paths in by_place.values():
+        top = _common(paths)
+        around = {top} | {outer for path in paths for outer in _outer(path) if f"{outer}.".startswith(f"{top}.")}
+        for path in sorted(around):
+            module = model.get_submodule(path)
+            if type(module) in STATED:
+                continue
+            for name, value in _numbers(module):
+                if value in changes and not _counts(model, module, name, lists):
+                    key = (path[len(top) :], name)
+                    one = found.setdefault(key, Candidate(value, tuple(sorted(changes[value])), []))
+                    one.paths += [path] if value == one.was else []
+    return found
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    for name, value in vars(module).items():
+        if type(value) is int and name[0] != "_":
+            yield name, value
+    config: Any = vars(module).get("config")
+    if hasattr(config, "to_dict"):
+        for name, value in vars(config).items():
+            if type(value) is int and name[0] != "_":
+                yield CONFIG + name, value
+
+
+def _counts(model: nn.Module, module: nn.Module, name: str, lists: Lists) -> bool:
+    """Whether an attribute is the number of the layer that the module stands in, and no size."""
+    offsets: dict[int, int] = {}
+    for path, other in model.named_modules():
+        place = lists.place(path)
+        if place is not None and type(other) is type(module) and type(vars(other).get(name)) is int:
+            offsets[place.layer] = vars(other)[name] - place.layer
+    return len(offsets) > 1 and len(set(offsets.values())) == 1
+
+
+def _changes(cut: Cut) -> dict[int, set[int]]:
+    """Sizes that are others after the cut: of units, of groups, of axes, of the runs in them."""
+    group = cut.group
+    pairs = [(group.count, len(cut.kept))]
+    if group.of:
+        pairs += [(group.sharing, len(cut.shared))]
+        pairs += [(group.count // group.sharing, len(cut.kept) // len(cut.shared))]
+    for axis, left in cut.staying():
+        kept = set(left)
+        pairs.append((axis.size, len(left)))
+        for run in axis.runs:
+            wide = range(run.start, run.start + run.count * run.each)
+            pairs.append((len(wide), sum(index in kept for index in wide)))
+    found: dict[int, set[int]] = {}
+    for was, now in pairs:
+        if was != now:
+            found.setdefault(was, set()).add(now)
+    return found
+
+
+def _choices(options: Mapping[Key, int]) -> Iterator[dict[Key, int]]:
+    """Which option each takes, those first where most attributes change.
+
+    Fields of a configuration, which others read as well, change only where nothing else will do, one before two.
+    """
+    stated = [key for key in options if key[1][: len(CONFIG)] != CONFIG]
+    fields = [key for key in options if key not in stated][:8]
+    settings = sorted(product(*([*range(options[key]), None] for key in stated[:8])), key=lambda c: c.count(None))
+    configured = sorted(product(*([None, *range(options[key])] for key in fields)), key=lambda c: -c.count(None))
+    for chosen in configured[: MOST // 3]:
+        for setting in settings[:MOST]:
+            taken = zip((*stated[:8], *fields), (*setting, *chosen), strict=True)
+            yield {**dict.fromkeys(stated[8:], 0), **{key: option for key, option in taken if option is not None}}
+
+
+def _sizes(candidates: Mapping[Key, Candidate], choice: Mapping[Key, int]) -> Iterator[Size]:
+    for key, one in candidates.items():
+        if key in choice:
+            now = one.now[min(choice[key], len(one.now) - 1)]
+            yield from (Size(path, key[1], one.was, now) for path in one.paths)
+
+
+def _fault(model: nn.Module, cuts: Sequence[Cut], inputs: Any) -> str | None:
+    """What is wrong with the model after these cuts; None when it is right."""
+    double = shadow(model, once=False).module
+    narrow(double, cuts)
+    fault = _stumbles(double, inputs)
+    if fault is not None:
+        return fault
+    try:
+        groups, refused = coupled(double, cuts[0].group.kind, inputs)
+    except ModelError as error:
+        return error.diagnostics[0].message
+    by_reader = {place: group for group in groups for place in group.places}
+    for cut in cuts:
+        place = cut.group.places[0]
+        if place not in by_reader:
+            return refused.get(place, f"{place} is not what it was")
+        if not _same(by_reader[place], cut):
+            return f"{place} would read other rows than it did"
+    return None
+
+
+def _stumbles(double: nn.Module, inputs: Any) -> str | None:
+    """Why a model without weights cannot be run; None as well where it is not known how."""
+    try:
+        given = example(double, torch.device("meta")) if inputs is None else inputs
+        given = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, given)
+        with torch.no_grad():
+            double(**given) if isinstance(given, Mapping) else double(*given)
+    except RuntimeError as error:
+        told = str(error).splitlines()[0]
+        return None if "meta" in told else f"shapes do not fit: {told}"
+    except (NotImplementedError, ModelError):
+        return None
+    except Exception as error:  # whatever a model's own code says to sizes that do not go together
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _same(group: Group, cut: Cut) -> bool:
+    """Whether a group is what a cut leaves of its own: every index that stayed belongs to the unit that it did."""
+    if group.count != len(cut.kept):
+        return False
+    left = staying([cut])
+    alone = max(group.of, default=1) == 0  # one group of keys is left: what belongs to it belongs to all heads
+    tables = [
+        (cut.group.axes, cut.kept, group.axes),
+        (() if alone else cut.group.shared, cut.shared, group.shared if group.of else group.axes),
+    ]
+    for before, kept, after in tables:
+        number = {unit: place for place, unit in enumerate(kept)}
+        found = {(axis.name, axis.axis): axis.units for axis in after}
+        for axis in before:
+            units = found.get((axis.name, axis.axis), ())
+            indices = left[axis.name][axis.axis][1]
+            if len(units) != len(indices):
+                return False
+            wanted = [number.get(axis.units[index], -1) for index in indices]
+            if any(want not in (-1, unit) for want, unit in zip(wanted, units, strict=True)):
+                return False
+    return True
+
+
+def _outer(path: str) -> Iterator[str]:
+    """A path and those of the modules around it."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def _common(paths: Sequence[str]) -> str:
+    """The innermost module around what is cut; the one that holds it where that is one projection."""
+    split = [path.split(".")[:-1] for path in paths]
+    shared = []
+    for names in zip(*split, strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return ".".join(shared)

@@ -97,13 +97,16 @@ def _below(layer: nn.Module | None, path: str) -> nn.Module | None:
 
 
 def zero_rows(module: nn.Module, part: Part) -> None:
-    """Let the rows of a part, and their bias, be zero, in tensors of their own."""
+    """Let the rows of a part, and their bias, be zero, in tensors of their own; of a stack, those of every expert."""
+    weight = module._parameters[part.parameter]
+    stacked = weight is not None and weight.dim() == 3
     for name in filter(None, (part.parameter, part.bias)):
         tensor = module._parameters.get(name)
         if tensor is None:
             continue
         new = tensor.detach().clone()
-        wide = new.t() if part.transposed and new.dim() == 2 else new
+        turned = part.transposed and name == part.parameter
+        wide = new.movedim(-1 if turned else int(stacked), 0)
         for start, stop in part.channels or ((0, wide.shape[0]),):
             wide[start:stop] = 0
         module._parameters[name] = nn.Parameter(new, requires_grad=tensor.requires_grad)

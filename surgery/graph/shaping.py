@@ -27,6 +27,7 @@ class Shaping:
     hollow: only shapes matter, nothing is computed. changes: what a configuration must say to give the new shapes.
     beyond: why none can, where so. inputs: what a plain torch module is called with. last: to be done when the whole
     model has its shape, see `at_the_end`. layers: of stacks by name, which layers of the given model stand there now.
+    moved: paths of modules of the given model that stand inside of another one now, and where.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class Shaping:
     inputs: tuple[Any, ...] | Mapping[str, Any] | None = None
     layers: dict[str, list[int]] = field(default_factory=dict)
     last: list[Callable[[Shaping], object]] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
 
     def resized(self, was: int, now: int, kept: Sequence[int] | None = None) -> None:
         """Tell that some number of the configuration has changed."""
@@ -49,6 +51,13 @@ class Shaping:
     def order(self, stack: Stack) -> list[int]:
         """The layers of a stack as they stand now, by their index in the given model."""
         return self.layers.setdefault(stack.name, list(range(stack.depth)))
+
+    def standing(self, path: str) -> str:
+        """Where a module of the given model stands now, its layers counted as they were."""
+        for before, now in self.moved.items():
+            if path == before or path.startswith(f"{before}."):
+                return now + path[len(before) :]
+        return path
 
     def beyond_configuration(self, reason: str) -> None:
         """Tell that no configuration can say what has changed."""

@@ -41,5 +41,6 @@ def upcycle(part: Part, shaping: Shaping, routing: Routing) -> None:
         weight.data.copy_(drawn.normal_(0, STD, generator=generator))
     for parent, name in standings(model)[id(block)]:
         parent._modules[name] = mixture
+    shaping.moved[part.path] = f"{part.path}.experts"
     if hasattr(model, "config") and add_loss not in model._forward_hooks.values():
         model.register_forward_hook(add_loss)

@@ -80,7 +80,7 @@ class Repeat(Operation):
         (original,) = (part.path for part in here if part.role == "layer")
         for part in here:
             if part.role in WRITERS:
-                module = shaping.model.get_submodule(copy + part.path[len(original) :])
+                module = shaping.model.get_submodule(copy + shaping.standing(part.path)[len(original) :])
                 depth.zero_rows(module, part)
 
 

@@ -195,6 +195,16 @@ def test_adapters_on_experts_and_routers_of_the_same_program() -> None:
     assert len(list(mixtures(model))) == 3
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_copies_of_layers_with_mixtures_are_silent(family: str) -> None:
+    model = zoo.tiny(family)
+    fed = zoo.inputs(model)
+    base = zoo.logits(model, fed)
+    surgery.apply(surgery.parse("moe 3 experts on ffn ; repeat layers 1 silent"), model)
+    assert gap(zoo.logits(model, fed), base) < 1e-6
+    assert len(list(mixtures(model))) == 4
+
+
 def test_noise_is_in_training_only() -> None:
     model = upcycled("llama", "moe 4 experts top 1 noise 50% on ffn ; train router")
     shaken(model)

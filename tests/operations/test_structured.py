@@ -45,8 +45,9 @@ def run(model: nn.Module) -> Tensor:
 
 def largest(scores: Tensor, count: int) -> list[int]:
     """The indices of so many of the largest, in order; of equal ones the last."""
-    order = sorted(range(len(scores)), key=lambda index: (float(scores[index]), index))
-    return sorted(order[len(scores) - count :])
+    numbers = scores.tolist()
+    order = sorted(range(len(numbers)), key=lambda index: (numbers[index], index))
+    return sorted(order[len(numbers) - count :])
 
 
 def neuron_scores(ffn: Any) -> Tensor:

@@ -78,8 +78,9 @@ def count(steps: Sequence[Step], model: nn.Module) -> int:
     zeros: dict[int, int] = {}
     for step in steps:
         for part in step.parts:
-            key, number = id(_tensor(model, part)), step.operation.untrained(part)
-            zeros[key] = max(number, zeros.get(key, 0))
+            if step.operation.trains(part):  # else it may be in a layer that is no more
+                key = id(_tensor(model, part))
+                zeros[key] = max(step.operation.untrained(part), zeros.get(key, 0))
     return sum(tensor.numel() - zeros[key] for key, tensor in tensors(steps, model).items())
 
 
@@ -118,8 +119,8 @@ def _nothing_left(step: Step, taker: Step) -> Diagnostic:
 def _frozen(step: Step, freezing: Mapping[object, Step], model: nn.Module) -> list[Diagnostic]:
     """One diagnostic where a statement that trains weights by the way of its method is to leave some frozen."""
     for part in step.parts:
-        taker = freezing.get(_key(model, part))
-        if taker is not None and step.operation.trains(part):
+        taker = freezing.get(_key(model, part)) if step.operation.trains(part) else None
+        if taker is not None:
             said = f"`{step.statement}` trains what `{taker.statement}` takes out: {part.path}"
             span = _newer(step, taker).statement.span
             help = "leave the place out of one of them with `except`"

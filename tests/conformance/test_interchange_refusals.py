@@ -24,7 +24,7 @@ from tests.conformance.test_interchange import trained
     [
         ("llama", "lora rank 2 on attn.q; prefix 3 on all layers", "are one adapter"),
         ("llama", "lora rank 2 on attn.q; prune magnitude 50% on ffn", "changes the base"),
-        ("llama", "lora rank 2 init pissa on attn.q", "surgery extract"),
+        ("llama", "lora rank 2 init pissa on attn.q", "surgery merge"),
         ("llama", "adapter bottleneck 4 after ffn", "none of PEFT's methods"),
         ("llama", "prefix 3 gated on all layers", "the gate of"),
         ("llama", "prefix 3 on layers 1", "every layer"),

@@ -64,7 +64,7 @@ def _check(places: Sequence[Place]) -> None:
         if place.operation.from_weight:
             raise cannot(
                 f"`{place.step.statement}` has changed the base's weights, and an adapter goes on a base as it was",
-                "`surgery merge`, then `surgery extract MERGED --base BASE`, with twice the rank",
+                "`surgery merge`, and share the merged model",
             )
     for what, said in (("dropout", "one dropout"), ("dora", "is DoRA or not")):
         if len({getattr(place.operation, what) for place in places}) > 1:

@@ -17,8 +17,10 @@ from torch import nn
 
 import surgery
 from surgery.errors import PlanError
+from surgery.language import parse
 from surgery.language.program import Program, Statement
 from surgery.language.selector import Role, Union
+from surgery.operations.base import Operation
 from surgery.operations.freeze import Freeze
 from surgery.operations.ia3 import Ia3
 from surgery.operations.instruct import Instruct
@@ -44,9 +46,14 @@ def _trained(model: Model) -> Drawn:
     return plain | st.just(Statement(Train(add=True), Role("bias")))
 
 
+def _read_as(*texts: str) -> Drawn:
+    return st.sampled_from([parse(text).statements[0] for text in texts])
+
+
 STATEMENTS: Mapping[str, Callable[[Model], Drawn]] = MappingProxyType(
     {
         "adapter": lambda model: strategies.bottlenecks(model).map(lambda made: made[0]),
+        "drop": lambda model: _read_as("drop layers 0"),
         "freeze": lambda model: st.builds(Statement, st.just(Freeze()), st.sampled_from(["norm", "attn"]).map(Role)),
         "ia3": lambda model: strategies.statements(model, st.just(Ia3())),
         "instruct": lambda model: _on_layers(
@@ -55,15 +62,23 @@ STATEMENTS: Mapping[str, Callable[[Model], Drawn]] = MappingProxyType(
         "lora": lambda model: strategies.statements(model, strategies.loras()),
         "optimize": lambda model: st.builds(Statement, strategies.optimizes(), st.just(Union(()))),
         "lottery": lambda model: strategies.masked(model, strategies.lotteries()),
+        "moe": lambda model: _read_as("moe 3 experts top 2 on ffn", "moe 1 experts top 1 on ffn in layers 0"),
         "prefix": lambda model: _on_layers(strategies.prefixes()),
         "prompt": lambda model: _on_layers(strategies.prompts().filter(lambda made: made.verb == "prompt")),
         "prune": lambda model: (
             strategies.statements(model, strategies.prunes()) | strategies.masked(model, strategies.gradual())
         ),
+        "prune heads": lambda model: _read_as(
+            "prune heads 50% nearest on attn", "prune heads 30% query nearest on attn"
+        ),
+        "prune neurons": lambda model: _read_as(
+            "prune neurons 40% nearest on ffn", "prune neurons 50% by random nearest on ffn"
+        ),
         "ptuning": lambda model: _on_layers(strategies.prompts().filter(lambda made: made.verb == "ptuning")),
         "quantize": lambda model: st.builds(
             Statement, strategies.quantizes(), st.sampled_from(["base", "ffn"]).map(Role)
         ),
+        "repeat": lambda model: _read_as("repeat layers 0", "repeat layers 0 silent", "repeat all layers"),
         "shots": lambda model: _on_layers(st.builds(Shots, count=st.integers(1, 2), from_=st.just(EXAMPLES))),
         "sparse": lambda model: strategies.masked(model, strategies.sparses()),
         "train": _trained,
@@ -119,7 +134,8 @@ def two_programs_are_one(case: Case) -> None:
         before, logits = bits(model), case.run(model)
         error = _refusal(case, Program((second,), seed=seed), model)
         if error is not None:
-            assert [each.code for each in error.diagnostics] == ["S106"]
+            late = "S133" if second.operation.reshapes() else "S106"
+            assert [each.code for each in error.diagnostics] == [late]
             assert all(str(_read(each, case)) in str(error) for each in (first, second))
             assert same(bits(model), before)
             assert torch.equal(case.run(model), logits)
@@ -169,7 +185,7 @@ def _off_means_off(case: Case) -> None:
     with surgery.disabled(model):
         off = case.run(model)
     assert torch.equal(case.run(model), on)
-    base = tuple(each for each in case.program.statements if each.operation.phase in ("mask", "quantize"))
+    base = tuple(each for each in case.program.statements if _is_base(each.operation))
     alone = case.apply(Program(base, seed=case.program.seed)) if base else case.build()
     held = dict(alone.named_parameters())
     with torch.no_grad():  # what is trained of the base stays as trained
@@ -177,6 +193,10 @@ def _off_means_off(case: Case) -> None:
             if name in held:
                 held[name].copy_(tensor)
     assert torch.equal(case.run(alone), off)
+
+
+def _is_base(operation: Operation) -> bool:
+    return operation.phase in ("mask", "quantize") or operation.reshapes()
 
 
 def _starts_as_nothing(case: Case) -> None:

@@ -16,13 +16,16 @@ import surgery
 from surgery.language.pairs import pair
 from surgery.language.pairs import statements as forms
 from surgery.language.program import Program
-from surgery.operations import TABLE
+from surgery.operations import TABLE, lookup
 from tests import strategies, zoo
 from tests.properties.laws import Case, bits, same
 from tests.properties.pairs import STATEMENTS, everything_promised_holds, programs
 
 DEEP = pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "deep", reason="an hour: HYPOTHESIS_PROFILE=deep")
+OPERATIONS = {verb: found for verb in STATEMENTS if (found := lookup(verb)) is not None}
 PAIRS = list(combinations_with_replacement(sorted(STATEMENTS), 2))
+# What reshapes a model is planned by studying it several times: with others it is drawn in the hour's run alone.
+CHEAP = [pair for pair in PAIRS if not any(OPERATIONS[verb].reshapes() for verb in pair)]
 
 
 def test_every_verb_is_drawn() -> None:
@@ -49,7 +52,7 @@ def test_some_pairs() -> None:
     @settings(max_examples=max(2, settings().max_examples // 12))
     @given(st.data())
     def holds(data: st.DataObject) -> None:
-        verbs = data.draw(st.sampled_from(PAIRS))
+        verbs = data.draw(st.sampled_from(CHEAP))
         model = data.draw(strategies.models(("float64", "float32")))
         everything_promised_holds(Case(model, data.draw(programs(model, verbs))))
 

@@ -209,7 +209,7 @@ def test_help_names_every_command_and_version(run: Run) -> None:
         ("surgery plan tour.surgery d", {"demo", "deep/model"}),
         ("surgery plan tour.surgery de", {"demo", "deep/model"}),
         ("surgery verify o", {"out"}),
-        ("surgery reference lo", {"lora"}),
+        ("surgery reference lo", {"lora", "lottery"}),
         ("surgery explain pref", {"prefix"}),
     ],
 )

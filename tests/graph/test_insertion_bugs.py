@@ -62,7 +62,7 @@ def _backwards(patch: Patch) -> None:
 
 
 def _padding_as_placeholder(patch: Patch) -> None:
-    patch.setattr(insertion_entrance, "_ordinary", lambda model, part: model.config.pad_token_id or 0)
+    patch.setattr(insertion_entrance, "ordinary", lambda model, part: model.config.pad_token_id or 0)
 
 
 def _the_decoder_s_mask_stays(patch: Patch) -> None:

@@ -80,7 +80,7 @@ def test_same_bytes_for_every_family(name: str, family: str, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_every_spec(path: Path, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 192, "intermediate_size": 288, "head_dim": 48, "num_hidden_layers": 16}
+    sizes = {"hidden_size": 224, "intermediate_size": 336, "head_dim": 56, "num_hidden_layers": 16}
     if path.stem == "experts":
         model = zoo.tiny("mixtral", **{**sizes, "num_hidden_layers": 2})
     else:
@@ -89,7 +89,15 @@ def test_every_spec(path: Path, tmp_path: Path) -> None:
     tokenizer = zoo.tokenizer(61)
     live, streamed, why = both_ways(load_program(path), tmp_path / "base", tmp_path, tokenizer)
     assert (why is not None) == (path.stem in WHOLE), why
+    if path.stem == "optimize":  # made on shapes alone, a plan also tells what the optimizer would be on CUDA
+        live, streamed = without_notes(live), without_notes(streamed)
     assert why is not None or live == streamed
+
+
+def without_notes(found: dict[str, bytes]) -> dict[str, bytes]:
+    said = json.loads(found["surgery.json"])
+    assert said["plan"].pop("notes")
+    return {**found, "surgery.json": json.dumps(said).encode()}
 
 
 def test_what_cannot_be_streamed_says_why(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import surgery
 from surgery.checkpoint.inventory import inventory
@@ -162,4 +163,6 @@ def test_processes_that_share_the_work_write_the_same_bytes(tmp_path: Path) -> N
         stream_merge(out, merged, tmp_path / f"merged by {jobs}", force=False, jobs=jobs)
     assert files(tmp_path / "by 1") == files(tmp_path / "by 2")
     assert files(tmp_path / "merged by 1") == files(tmp_path / "merged by 2")
-    assert sum(told) > 1.5 * sum(path.stat().st_size for path in (tmp_path / "by 1").glob("*.safetensors"))
+    written = [tensor for path in (tmp_path / "by 1").glob("*.safetensors") for tensor in load_file(path).values()]
+    size = 2 * sum(tensor.nbytes for tensor in written)
+    assert 0.9 * size < sum(told) <= size  # for a progress bar: of both runs, without what is the same everywhere

@@ -102,7 +102,7 @@ def low_rank_linear(x: Any, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
         or (bias is not None and bias.requires_grad)
         or type(weight) not in (Tensor, torch.nn.Parameter)
         or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled(x.device.type)
+        or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)  # the type's name alone costs as much
     ):
         return add_branch(F.linear(x, weight, bias), low_rank(x, a, b, scale))
     if torch.is_grad_enabled():
@@ -144,12 +144,12 @@ class LowRankLinear(torch.autograd.Function):
         to_x, _, _, to_a, to_b, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted, and what was saved has no history
             inner = torch.mm(a, x.t()) * ctx.scale
-        outer = torch.mm(b.t().contiguous(), g.t())
+        outer = torch.mm(b.t(), g.t())
         if ctx.scale != 1:
             outer = outer * ctx.scale
         grad_a = torch.mm(outer, x) if to_a else None
         grad_b = torch.mm(inner, g).t() if to_b else None
-        grad_x = torch.mm(g, weight).addmm_(outer.t(), a).view(shape) if to_x else None
+        grad_x = torch.mm(outer.t(), a).addmm_(g, weight).view(shape) if to_x else None
         return grad_x, None, None, grad_a, grad_b, None
 
 

@@ -177,7 +177,7 @@ def plan(
     if record is not None:
         program = again.joined(record.plan.program, program)
         resolved += [replace(step, standing=True) for step in record.plan.steps]
-    steps, idle = settle(sorted([*first, *resolved], key=_order), model)
+    steps, idle = settle(_ordered([*first, *resolved]), model)
     found = conflicts(steps) or broken_rows(steps)
     if record is not None and not found:
         found = again.too_late(steps, record, model)
@@ -204,7 +204,7 @@ def _reshaped(
     """The model as statements that reshape it leave it, in their order. Errors: PlanError S103, S132, S133."""
     from surgery.compiler.reshape import double
 
-    steps.sort(key=_order)
+    steps = _ordered(steps)
     if record is not None:
         raise PlanError.of(
             "S133",
@@ -229,8 +229,14 @@ def _studied(step: Step, model: nn.Module, example_inputs: Any) -> Step:
         raise PlanError(*(replace(each, span=each.span or statement.span) for each in error.diagnostics)) from None
 
 
-def _order(step: Step) -> tuple[int, str]:
-    return PHASES.index(step.operation.phase), str(step.statement)
+def _ordered(steps: Iterable[Step]) -> list[Step]:
+    """As they are carried out: by phase, and in one by their text.
+
+    Of what comes in front of the tokens the nearest goes first: what is joined later counts the places up to its own.
+    """
+    written = sorted(steps, key=lambda step: str(step.statement))
+    nearest = sorted(written, key=lambda step: step.operation.place_in_front(step.statement.name), reverse=True)
+    return sorted(nearest, key=lambda step: PHASES.index(step.operation.phase))
 
 
 def _steps(statements: Iterable[Statement], anatomy: Anatomy, model: nn.Module) -> tuple[list[Step], list[str]]:

@@ -125,6 +125,10 @@ class Operation:
         """Whether `as NAME` means something: it attaches what a name switches."""
         return True
 
+    def place_in_front(self, name: str | None) -> tuple[int, str]:
+        """Of what comes in front of the tokens under this name: lower ones stand further off."""
+        return 0, ""
+
     @property
     def shared_by_rows(self) -> str | None:
         """Why all rows of a batch must have it or none, None where `surgery.route` may choose it row by row."""

@@ -50,6 +50,9 @@ class Front(Operation):
         """Of several, those of lower rank come first; what is kept comes before what may be trained."""
         return self.order - 10 * self.stored
 
+    def place_in_front(self, name: str | None) -> tuple[int, str]:
+        return self.rank, f"{name}_{self.verb}" if name else self.verb  # as `soft.order` reads them
+
     @property
     def shared_by_rows(self) -> str | None:
         return "it comes in front of the tokens of every row"

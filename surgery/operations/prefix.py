@@ -124,6 +124,9 @@ class Prefix(Operation):
     def starts_from(self) -> Start:
         return "chance" if self.text is None else "model"
 
+    def place_in_front(self, name: str | None) -> tuple[int, str]:
+        return -100, ""  # before all that tokens are read from, which see it
+
     def claims(self, name: str | None) -> tuple[str, ...]:
         return (f"keys and values under the name {name or 'default'}",)
 

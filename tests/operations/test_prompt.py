@@ -417,6 +417,25 @@ def test_two_prompts_with_names() -> None:
         assert (model(x) - logits).abs().max() < 1e-10
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("window", [3, 4, 6])
+@pytest.mark.parametrize(
+    "program",
+    [
+        'prompt init text "w12 w17"\ninstruct "w5 w9 w33" cached',
+        'prompt init text "w12 w17" as b\nprompt init text "w5 w9 w33" as a',
+        'prefix init text "w5 w9 w33" on all layers\ninstruct "w12 w17"',
+    ],
+)
+def test_several_behind_a_window_are_their_texts_by_hand(program: str, window: int) -> None:
+    """Promise: a window leaves the furthest text behind first, whatever method brings it."""
+    model = zoo.tiny("qwen2", dtype=torch.float64, use_sliding_window=True, sliding_window=window, max_window_layers=0)
+    x = zoo.tokens(50, 2, 7)
+    prompted = model(input_ids=in_front(x)).logits[:, IDS.shape[1] :]
+    got = studied.apply(program, "qwen2", model, ids_of)(input_ids=x).logits
+    assert (got - prompted).abs().max() < 1e-6 * prompted.abs().max()  # norms cast to float32
+
+
 @pytest.mark.slow
 def test_on_a_real_decoder(smollm2: Any, smollm2_tokenizer: Any) -> None:
     """Promise: on SmolLM2 all ways agree with the text by hand, in logits to 1e-5 and in what they generate."""

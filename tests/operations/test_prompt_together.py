@@ -88,6 +88,25 @@ def test_a_window_slides_over_the_rows() -> None:
     assert_alike(one, two)
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        'prompt 5 init normal\ninstruct "w5 w9 w11" cached',
+        "ptuning v1 3 via mlp 8\nprompt 2 init normal\nprefix 3 on all layers\nlora rank 2 on attn.q",
+        "prompt 2 init normal as b\nprompt 3 init normal as a",
+    ],
+)
+def test_a_window_slides_over_several(program: str) -> None:
+    """Promise: the further one is left behind first, in training and in evaluation alike."""
+    model, x = trained(program, "qwen2", **WINDOW), zoo.tokens(50, 3, 8)
+    mask = masks(x)
+    one, two = (step(model, mask, apart, input_ids=x, attention_mask=mask) for apart in (False, True))
+    assert (one[2], two[2]) == (True, False)
+    assert_alike(one, two)
+    evaluated = model.eval()(input_ids=x, attention_mask=mask).logits[mask.bool()].detach()
+    assert (evaluated - one[0]).abs().max() <= 1e-6 * evaluated.abs().max()
+
+
 def test_a_decoder_beside_an_encoder() -> None:
     """Promise: so in a decoder, which reads the encoder's output as well and counts distances."""
     model, x = trained(f"{PROGRAM} in decoder", "t5"), zoo.tokens(50, 3, 8)

@@ -9,23 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint import huggingface
 from surgery.checkpoint.content import content
-from surgery.checkpoint.header import Header, check_checkpoint
+from surgery.checkpoint.header import Header, check_checkpoint, read_header
 from surgery.checkpoint.inventory import inventory
 from surgery.checkpoint.layout import write_index
+from surgery.checkpoint.places import Places
 from surgery.checkpoint.save import write_config, write_manifest, write_tokenizer
 from surgery.checkpoint.sink import Sink
 from surgery.checkpoint.source import Source
 from surgery.checkpoint.staging import resumed
 from surgery.checkpoint.tensors import DTYPES, Tell, silent
 from surgery.checkpoint.work import work_through
+from surgery.compiler import required
 from surgery.compiler.apply import perform
 from surgery.compiler.record import parameters
 from surgery.compiler.stream import Place, Stream, whole_model
+from surgery.graph import zeros
 from surgery.graph.blank import empty_out
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from surgery.anatomy.parts import Part
     from surgery.checkpoint.models import LoadedModel
     from surgery.compiler import Plan
 
@@ -96,6 +100,19 @@ def stream(
         trained = parameters(work.hollow)
         started = [name for name, _ in work.hollow.named_parameters() if name in trained]
         write_manifest(work.hollow, aside, work.found, sink.digests, origin, started)
+        if required.undecided(plan):
+            with Source(read_header(aside / file.name) for file in work.found.files) as written:
+                _check(plan, Places(work.hollow, written, work.found.key))
+
+
+def _check(plan: Plan, result: Places) -> None:
+    """What the program requires of its result, where only the numbers show it. Errors: PromiseError S502."""
+
+    def count(part: Part) -> tuple[int, int]:
+        with result.at(part.path):
+            return zeros.count(result.model, part)
+
+    required.check_places(plan, result.model, count)
 
 
 class Applying:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from surgery.anatomy.parts import Anatomy
+from surgery.compiler import required
 from surgery.compiler.again import restarting
 from surgery.compiler.drafts import Drafts, place_of
 from surgery.compiler.plan import Plan, Step
@@ -55,14 +56,18 @@ def apply(
 
     tell: called with the number of places done since its last call, of `plan.places` in all.
 
-    Errors: those of `plan`; PlanError S104 when a text needs a tokenizer and none is given.
+    Errors: those of `plan`; PlanError S104 when a text needs a tokenizer and none is given; PromiseError S502 when the
+    result is not as a `require` statement says, and then the model is as it was, to the bit: where only the result can
+    show that, what the program changes of the base's tensors is kept until it has.
     """
     plan = program
     if isinstance(plan, Program):
         plan = make_plan(plan, model, example_inputs=example_inputs, tokenizer=tokenizer)
     check_current(plan, model)
     check_texts(starting(plan, model), tokenizer)
-    return perform(plan, model, tokenizer=tokenizer, inputs=example_inputs, tell=tell)
+    plan = required.with_base(plan, model, tokenizer)
+    with required.fulfilled(plan, model, tokenizer):
+        return perform(plan, model, tokenizer=tokenizer, inputs=example_inputs, tell=tell)
 
 
 def check_texts(steps: Iterable[Step], tokenizer: Any) -> None:

@@ -152,9 +152,10 @@ def plan(
     Of a model that was transformed before, the plan is that of both programs as one.
 
     example_inputs: what a plain torch module is called with. anatomy: a study of this model, when there is one already.
-    Errors: ModelError (cannot be studied, or has no such part), PlanError (does not fit, S101 to S106), all at once.
+    Errors: ModelError (cannot be studied, or has no such part), PlanError (does not fit, S101 to S106), all at once;
+    PromiseError S502 where shapes tell that a `require` statement will not hold.
     """
-    from surgery.compiler import again
+    from surgery.compiler import again, required
     from surgery.compiler.cost import measure
     from surgery.compiler.record import record_of
     from surgery.compiler.warnings import warnings
@@ -186,6 +187,7 @@ def plan(
     cost = measure(steps, model, program.seed, None if record is None else record.plan.cost)
     if shape is not None:
         cost = cost.after(shape.changed)
+    foreseen = required.foresee(steps, cost, record is not None)
     found = idle_optimizers(steps, cost.trainable)
     if found:
         raise PlanError(*found)
@@ -193,7 +195,7 @@ def plan(
     told = (*shared, *others, *idle, *cost.unmerged, *warnings(acting, anatomy, model))
     if shape is not None:
         told = (*shape.told, *told)
-    notes = tuple(note for step in acting for note in _chosen_by(step, anatomy, model))
+    notes = (*(note for step in acting for note in _chosen_by(step, anatomy, model)), *foreseen)
     before = given if shape is not None else None if record is None else record.plan.given
     return Plan(program, anatomy, steps, cost, tuple(dict.fromkeys(told)), notes, before)
 

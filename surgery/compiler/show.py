@@ -46,7 +46,7 @@ def _step(step: Mapping[str, Any]) -> list[str]:
     if step.get("parameters_trained"):
         notes.append(f"{step['parameters_trained']:,} parameters trained")
     change = step["bytes_changed"]
-    if rows or change:
+    if (rows and step["phase"] != "require") or change:
         notes.append(f"{'+' if change >= 0 else '-'}{size(abs(change))}")
     if rows and step["merge"]:
         notes.append(f"merge: {step['merge']}")

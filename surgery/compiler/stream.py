@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.anatomy.parts import Part
+from surgery.compiler import required
 from surgery.compiler.apply import Context, check_texts
 from surgery.compiler.drafts import Drafts, visited
 from surgery.compiler.plan import Plan, Step
@@ -44,7 +45,7 @@ def whole_model(plan: Plan) -> str | None:
             return f"`{step.statement}` compares its places with each other"
         if operation.starts_from == "model":
             return f"`{step.statement}` starts from what the whole model computes"
-    return None
+    return required.whole_model(plan)
 
 
 class Stream:

@@ -80,15 +80,14 @@ def keys_and_values(
     return [seen[site.path] for site in sites]
 
 
-def read_ids(model: nn.Module, ids: Tensor) -> None:
-    """Run a model on token ids, without a cache."""
+def read_ids(model: nn.Module, ids: Tensor) -> Any:
+    """What a model gives for token ids, without a cache."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_input_embeddings"):
-        model(ids)
-    elif getattr(config, "is_encoder_decoder", False):
-        model(input_ids=ids, decoder_input_ids=ids, use_cache=False)
-    else:
-        model(input_ids=ids, use_cache=False)
+        return model(ids)
+    if getattr(config, "is_encoder_decoder", False):
+        return model(input_ids=ids, decoder_input_ids=ids, use_cache=False)
+    return model(input_ids=ids, use_cache=False)
 
 
 class _Capture:

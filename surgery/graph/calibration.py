@@ -29,9 +29,19 @@ def wants_text(path: Path) -> bool:
     try:
         with path.open("r", encoding="utf-8") as file:
             first = json.loads(file.readline())
-    except (OSError, ValueError):
+    except OSError:
+        return False  # that is said when it is read
+    except ValueError:
         return True
     return not (isinstance(first, dict) and "input_ids" in first)
+
+
+def check_there(path: Path) -> None:
+    """Errors: PlanError S130 for a file that cannot be opened."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise _unreadable(path, error.strerror) from None
 
 
 def batches(path: Path, tokenizer: Any, samples: int, length: int, vocabulary: int) -> list[Tensor]:
@@ -57,8 +67,7 @@ def _sequences(path: Path, tokenizer: Any, length: int) -> Iterator[tuple[str, S
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise _bad(f"cannot read {path}: {reason}", "give the path of a text or JSONL file") from None
+        raise _unreadable(path, error.strerror if isinstance(error, OSError) else "it is not UTF-8") from None
     if path.suffix != ".jsonl":
         ids = token_ids(tokenizer, text) if text.strip() else []
         yield from ((str(path), ids[start : start + length]) for start in range(0, len(ids), length))
@@ -83,6 +92,10 @@ def _entry(line: str, where: str) -> Mapping[str, Any]:
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
         return {"text": entry["text"]}
     raise _bad(f"{where}: neither `text` nor `input_ids`", 'a line is {"text": "..."} or {"input_ids": [5, 7, ...]}')
+
+
+def _unreadable(path: Path, reason: str | None) -> PlanError:
+    return _bad(f"cannot read {path}: {reason}", "give the path of a text or JSONL file")
 
 
 def _bad(what: str, help: str = "") -> PlanError:

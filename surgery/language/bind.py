@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import Diagnostic, ProgramError
+from surgery.language import comparisons
 from surgery.language.program import Statement
 from surgery.language.roles import is_stack, names_parts, resolve, union
 from surgery.language.selector import Difference, Intersection, Selector, Union
@@ -41,6 +42,16 @@ def bind(act: Act, context: Context) -> Statement:
         operation = context.vocabulary.lookup(act.verb.text)
     except ProgramError as error:
         raise ProgramError(*(replace(fault, span=act.verb.span) for fault in error.diagnostics)) from error
+    longer = context.vocabulary.longer(act.verb.text)
+    if operation is None and longer:
+        what = [verb.partition(" ")[2] for verb in longer]
+        raise ProgramError.of(
+            "S015",
+            f"{act.verb.text} needs what",
+            act.verb.span,
+            f"expected {listed(what)}",
+            f"verbs are {listed(longer, 'and')}",
+        )
     if operation is None:
         raise _unknown_verb(act.verb, context.vocabulary.verbs())
     return _Binder(act, operation, context).statement()
@@ -59,7 +70,7 @@ def _with_second_word(act: Act, vocabulary: Vocabulary) -> Act:
     operation = vocabulary.lookup(act.verb.text)
     options = schema(operation) if operation is not None else ()
     own = [option.word for option in options] + [str(word) for option in options for word in option.choices]
-    if first.text not in own and nearest(first.text, [*own, *seconds]) in seconds:
+    if first.text not in own and (operation is None or nearest(first.text, [*own, *seconds]) in seconds):
         said = f"{act.verb.text} takes no '{first.text}'"
         raise ProgramError.of(
             "S011", said, first.span, did_you_mean(first.text, seconds), f"verbs are {listed(longer, 'and')}"
@@ -191,6 +202,10 @@ class _Binder:
         raise self.unknown(word)
 
     def quantity(self, literal: Literal, span: Span) -> None:
+        compared = next((option for option in self.quantities if option.bounds), None)
+        if compared is not None:
+            self.comparison(compared, moved(literal, span))
+            return
         if literal.form == "compare":
             self.at += isinstance(self.peek(), Literal)
             raise ProgramError.of("S011", f"{self.act.verb.text} has no use for a comparison", span)
@@ -213,6 +228,15 @@ class _Binder:
             self.context.directory,
         )
         self.unit(option)
+
+    def comparison(self, option: Option, first: Literal) -> None:
+        words = self.items[self.at : self.at + comparisons.WORDS]
+        self.at += comparisons.length(first, words, self.named)
+        if option.name in self.attempted:
+            raise ProgramError.of("S016", "a second comparison", first.span, "write a statement for each")
+        self.attempted.add(option.name)
+        read = comparisons.read(first, words, option, self.act.verb.text, self.context.values)
+        self.values[option.name], self.places[option.name] = read
 
     def unit(self, option: Option) -> None:
         following = self.peek()

@@ -34,6 +34,8 @@ SHOWN: Mapping[Form, str] = {
     "file": '"PATH"',
     "variant": "WORD",
     "selection": "SELECTOR",
+    "size": "X MB",
+    "comparison": "COMPARISON",
 }
 
 
@@ -103,6 +105,9 @@ def _term(option: Option) -> str:
         return option.word
     if option.place == "kind":
         return "|".join(option.choices)
+    if option.bounds:
+        bound = "|".join(SHOWN[form] for form in option.bounds)
+        return f"<|<=|>|>=|==|!= {bound}" + "".join(f"|X of {word}|P% of {word}" for word in option.of)
     unit = f" {option.unit}" if option.unit else ""
     free = [SHOWN[form] for form in option.forms if form not in ("word", "variant") or not option.choices]
     written = "|".join([*(free if "variant" in option.forms or not option.choices else ()), *_choices(option)])
@@ -119,6 +124,8 @@ def _carried(carried: Payload) -> str:
 
 
 def _meaning(option: Option) -> str:
+    if option.bounds:
+        return option.help
     share = "share" in option.forms
     bounds = [
         ("at least", option.at_least),

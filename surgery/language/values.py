@@ -31,6 +31,8 @@ WANTED: dict[Form, str] = {
     "variant": "a word",
     "selection": "a selector, such as attn.q",
     "flag": "nothing",
+    "size": "a size, such as 200 MB",
+    "comparison": "a comparison, such as < 1%",
 }
 
 

@@ -20,6 +20,8 @@ SAMPLES = {
 
 def expected(option: Option) -> str:
     """`a whole number, such as 8`, or the choices."""
+    if option.bounds:
+        return f"a comparison, such as {sample(option)}" + (f", or <= 1.05 of {option.of[0]}" if option.of else "")
     free = tuple(form for form in option.forms if form not in ("word", "variant"))
     if not option.choices:
         return wanted(option.forms)
@@ -33,6 +35,11 @@ def described(option: Option) -> str:
     if option.place == "option":
         return f"'{option.word}'"
     return f"{'an' if option.word[0] in 'aeiou' else 'a'} {option.word}"
+
+
+def sample(option: Option) -> str:
+    """A comparison as the option takes it: `< 200 MB`."""
+    return {"share": "< 1%", "size": "< 200 MB"}.get(option.bounds[0], "<= 20")
 
 
 def usage(option: Option) -> str:

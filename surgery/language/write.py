@@ -11,7 +11,7 @@ from surgery.language.selector import Difference, Glob, Intersection, Layers, Ro
 from surgery.language.texts import encode
 from surgery.language.values import number_text, percent
 from surgery.operations.base import Operation
-from surgery.operations.options import Option, SameAs, Variant, schema
+from surgery.operations.options import Comparison, Option, SameAs, Variant, schema
 
 PLACES = {"kind": 0, "quantity": 1, "option": 2, "flag": 2}
 
@@ -112,7 +112,15 @@ def _scalar(value: Any, form: str) -> str:
         return text if plain or isinstance(value, (Intersection, Difference)) else f"({text})"
     if form in ("counts", "numbers"):
         return ", ".join(map(number_text, value))
+    if isinstance(value, Comparison):
+        return _comparison_text(value)
     return number_text(value) if isinstance(value, (int, float)) else str(value)
+
+
+def _comparison_text(comparison: Comparison) -> str:
+    bound = percent(comparison.bound) if comparison.unit == "%" else number_text(comparison.bound)
+    unit = f" {comparison.unit}" if comparison.unit not in ("", "%") else ""
+    return f"{comparison.relation} {bound}{unit}" + (f" of {comparison.of}" if comparison.of else "")
 
 
 def _clauses(selector: Selector, said: Selector | None = None) -> tuple[Selector, Selector | None, Selector | None]:

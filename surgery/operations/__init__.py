@@ -39,6 +39,10 @@ TABLE: Mapping[str, str] = MappingProxyType(
         "repeat": "surgery.operations.repeat:Repeat",
         "sparse": "surgery.operations.sparse:Sparse",
         "train": "surgery.operations.train:Train",
+        "require perplexity": "surgery.operations.require:RequirePerplexity",
+        "require size": "surgery.operations.require:RequireSize",
+        "require trainable": "surgery.operations.require:RequireTrainable",
+        "require zeros": "surgery.operations.require:RequireZeros",
         "shots": "surgery.operations.shots:Shots",
     }
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from surgery.language.selector import Selector
 from surgery.operations.options import (
+    Comparison,
     Count,
     Counts,
     File,
@@ -19,9 +20,11 @@ from surgery.operations.options import (
     SameAs,
     Selection,
     Share,
+    Size,
     Text,
     Variant,
     Word,
+    comparison,
     flag,
     kind,
     option,
@@ -34,7 +37,7 @@ from surgery.operations.options import (
 if TYPE_CHECKING:
     from surgery.anatomy.parts import Anatomy, Kind, Part
 
-Phase = Literal["shrink", "route", "depth", "mask", "quantize", "attach", "train", "schedule"]
+Phase = Literal["shrink", "route", "depth", "mask", "quantize", "attach", "train", "schedule", "require"]
 Start = Literal["chance", "weight", "full weight", "model"]
 Granularity = Literal["part", "tensor", "module"]
 
@@ -227,6 +230,10 @@ class Operation:
         """How many numbers of a tensor that it trains stay at zero, for the count of what is trained."""
         return 0
 
+    def zeroed(self, part: Part) -> int | None:
+        """How many numbers of a weight are zero once it is applied, at least; None where shapes do not tell."""
+        return 0
+
     def rewrite(self, site: Any) -> None:
         """Edits the structure of one site; works on the meta device."""
 
@@ -247,6 +254,7 @@ def _floats(value: Any) -> Any:
 
 
 __all__ = [
+    "Comparison",
     "Count",
     "Counts",
     "File",
@@ -260,10 +268,12 @@ __all__ = [
     "Ratio",
     "Selection",
     "Share",
+    "Size",
     "Start",
     "Text",
     "Variant",
     "Word",
+    "comparison",
     "flag",
     "kind",
     "option",

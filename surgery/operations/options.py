@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,8 +16,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from surgery.language.selector import Selector
 
 Form = Literal[
-    "count", "number", "counts", "numbers", "share", "ratio", "word", "flag", "text", "file", "variant", "selection"
-]
+    "count", "number", "counts", "numbers", "share", "ratio", "word", "flag", "text", "file", "variant", "selection",
+    "size", "comparison",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,40 @@ class Variant:
     value: int | float | str | Path | None = None
 
 
+SIZES: Mapping[str, float] = MappingProxyType({"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12})
+"""Units of a size in bytes, decimal ones."""
+HOLDS: Mapping[str, Callable[[float, float], bool]] = MappingProxyType(
+    {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne}
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`< 1%`, `< 200 MB`, `<= 1.05 of base`: what a measured value is compared with.
+
+    bound: as written, a share as a fraction. unit: `%`, one of SIZES, or nothing. of: `base` where the bound is a
+    multiple of what the same measurement gives there.
+    """
+
+    relation: str
+    bound: float
+    unit: str = ""
+    of: str = ""
+
+    def limit(self, base: float | None = None) -> float:
+        """What is compared with: a fraction, a number, or bytes. base: the measurement there, of one `of base`."""
+        bound = self.bound * SIZES.get(self.unit, 1)
+        if not self.of:
+            return bound
+        assert base is not None, f"a comparison with {self.of} needs its measurement"
+        return bound * base
+
+    def holds(self, found: float, base: float | None = None) -> bool:
+        """Whether it is so; of what is no number nothing is."""
+        limit = self.limit(base)
+        return not (math.isnan(found) or math.isnan(limit)) and HOLDS[self.relation](found, limit)
+
+
 # What an option is written like; to a type checker they are plain Python types.
 Count = Annotated[int, "count"]
 Number = Annotated[float, "number"]
@@ -48,6 +85,7 @@ Flag = Annotated[bool, "flag"]
 Text = Annotated[str, "text"]
 File = Annotated[Path, "file"]
 Selection = Annotated[Selector, "selection"]
+Size = Annotated[float, "size"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +109,7 @@ class Payload:
 
 @dataclass(frozen=True)
 class Declaration:
-    """What `option`, `flag`, `kind` and `quantity` put into a field's metadata."""
+    """What `option`, `flag`, `kind`, `quantity` and `comparison` put into a field's metadata."""
 
     place: Literal["option", "flag", "kind", "quantity"]
     help: str
@@ -81,6 +119,8 @@ class Declaration:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+    bounds: Any = None
+    of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +128,7 @@ class Option:
     """One option of a verb as the parser, the formatter and the reference see it.
 
     forms: what it may be written like. choices: the words (or numbers) allowed, with the payload each one carries.
+    bounds: what a comparison's bound may be written like. of: words after which it may be relative, `1.05 of base`.
     """
 
     name: str
@@ -101,6 +142,8 @@ class Option:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+    bounds: tuple[Form, ...] = ()
+    of: tuple[str, ...] = ()
 
     @property
     def required(self) -> bool:
@@ -151,6 +194,11 @@ def quantity(
     return _field(Declaration("quantity", help, None, unit, at_least, above, at_most, below), default)
 
 
+def comparison(help: str, *, bound: Any, of: tuple[str, ...] = ()) -> Any:
+    """`< 1%`, in the place of a quantity. bound: how its bound is written, `Share | Count`; of: `("base",)`."""
+    return _field(Declaration("quantity", help, at_least=0, bounds=bound, of=of), dataclasses.MISSING)
+
+
 def same_as(name: str) -> SameAs:
     """A default copied from another field."""
     return SameAs(name)
@@ -197,6 +245,8 @@ def _option(operation: type, declared: dataclasses.Field[Any]) -> Option:
         above=declaration.above,
         at_most=declaration.at_most,
         below=declaration.below,
+        bounds=() if declaration.bounds is None else _forms(declaration.bounds),
+        of=declaration.of,
     )
 
 
@@ -220,6 +270,8 @@ def _forms(annotation: Any) -> tuple[Form, ...]:
         return ("ratio",)
     if annotation is Variant:
         return ("variant",)
+    if annotation is Comparison:
+        return ("comparison",)
     if get_origin(annotation) is Annotated:
         return (get_args(annotation)[1],)
     if get_origin(annotation) in (Union, UnionType):

@@ -118,6 +118,14 @@ class Prune(Operation, Scheduled):
             return f"its {part.shape[1]} inputs do not divide into groups of {self.amount.whole}"
         return None
 
+    def zeroed(self, part: Part) -> int | None:
+        rows, columns = part.width, part.shape[1]
+        if isinstance(self.amount, Ratio):
+            return rows * columns // self.amount.whole * (self.amount.whole - self.amount.part)
+        if self.global_:
+            return None
+        return rows * round(self.amount * columns) if self.by_row else round(self.amount * rows * columns)
+
     def promises(self) -> tuple[str, ...]:
         return ("exact_sparsity", "merges")
 

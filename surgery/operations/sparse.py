@@ -104,6 +104,9 @@ class Sparse(Subnetwork, Scheduled):
         """How many weights of a place are zero, always."""
         return self.zeros[_key(part)]
 
+    def zeroed(self, part: Part) -> int:
+        return self.zeros_of(part)
+
     def untrained(self, part: Part) -> int:
         return self.zeros_of(part)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
-from surgery.verify import cuts, edges, mixture, places, shape, sparsity, stacks, text, whole
+from surgery.verify import cuts, edges, mixture, places, required, shape, sparsity, stacks, text, whole
 from surgery.verify.report import Finding
 from surgery.verify.subject import Subject
 
@@ -32,6 +32,7 @@ PROMISES: Mapping[str, tuple[Check, ...]] = MappingProxyType(
             edges.edge_off_means_off,
             stacks.stack_off_means_off,
         ),
+        "required": (required.required,),
         "frame": (whole.frame,),
         "round_trip": (whole.round_trip,),
     }

@@ -2,7 +2,9 @@
 
     python -m tests.bench.perplexity [--samples 64] [--held-out 32]
 
-Text: the language reference that comes with Python (`pydoc_data.topics`); calibration and held-out topics are apart.
+Text: the language reference that comes with Python (`pydoc_data.topics`), in pieces of 256 tokens; calibration reads
+one half of the topics, and the perplexity is of the other. Fails where the order is not the one that the papers report:
+SparseGPT below Wanda below magnitude, at 50% and at 2:4 (Sun et al. 2024).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 LENGTH = 256
+ORDER = ("sparsegpt", "wanda", "magnitude")
 PROGRAMS = {
     "dense": None,
     "magnitude 50%": "prune magnitude 50% on all linear",
@@ -73,8 +76,8 @@ def main(arguments: list[str] | None = None) -> bool:
                 surgery.apply(surgery.parse(program.format(texts=f'"{texts}"')), model)
             found[name] = perplexity(model, sequences)
             print(f"| {name} | {found[name]:.1f} |", flush=True)
-    ranked = [found[name] for name in ("dense", "sparsegpt 50%", "wanda 50%", "magnitude 50%")]
-    return ranked == sorted(ranked)
+    ranked = [[found[f"{score} {amount}"] for score in ORDER] for amount in ("50%", "2:4")]
+    return all([found["dense"], *row] == sorted([found["dense"], *row]) for row in ranked)
 
 
 if __name__ == "__main__":

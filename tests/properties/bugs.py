@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgery.checkpoint.load
+import surgery.compiler.required
 import surgery.graph.attention
 import surgery.graph.attention_text
 import surgery.graph.codes
@@ -29,6 +30,7 @@ import surgery.graph.experts
 import surgery.graph.fold
 import surgery.graph.functions
 import surgery.graph.module
+import surgery.graph.perplexity
 import surgery.graph.recurrent
 import surgery.graph.site
 import surgery.graph.soft
@@ -41,6 +43,7 @@ import surgery.operations.ia3
 import surgery.operations.lora
 import surgery.operations.lora_init
 import surgery.operations.lottery
+import surgery.operations.options
 import surgery.operations.prefix
 import surgery.operations.prune
 import surgery.operations.sparse
@@ -54,6 +57,7 @@ from surgery.language import parse
 from surgery.operations.base import Operation
 from surgery.operations.lora import Lora
 from tests.properties.laws import Case
+from tests.properties.requiring import HELD_OUT
 from tests.reference_decoder import Shape
 from tests.strategies import Model
 
@@ -764,6 +768,27 @@ def _balance_inverted(patch: Patch) -> None:
     patch.setattr(surgery.graph.experts.MixtureOfExperts, "_loss", lambda self, *args: -original(self, *args))
 
 
+def _bounds_are_outside(patch: Patch) -> None:
+    original = surgery.operations.options.Comparison.holds
+
+    def holds(self: Any, found: float, base: float | None = None) -> bool:
+        return original(self, found, base) and found != self.limit(base)
+
+    patch.setattr(surgery.operations.options.Comparison, "holds", holds)
+
+
+def _tokens_see_themselves(patch: Patch) -> None:
+    def loss(logits: Tensor, ids: Tensor) -> tuple[float, int]:
+        losses = F.cross_entropy(logits, ids[0], reduction="none")
+        return float(losses.sum()), len(losses)
+
+    patch.setattr(surgery.graph.perplexity, "_loss", loss)
+
+
+def _refused_and_changed(patch: Patch) -> None:
+    patch.setattr(surgery.compiler.required, "_changed", lambda plan, model: [])
+
+
 BUGS: tuple[Bug, ...] = (
     Bug("alpha / rank inverted", "formula", _factor_inverted, LORA),
     Bug("`scale rs` scales as usual", "formula", _rs_forgotten, "lora rank 2 alpha 5 scale rs on ffn"),
@@ -919,6 +944,24 @@ BUGS: tuple[Bug, ...] = (
     Bug("experts' weights do not sum to one", "experts", _shares_of_all_experts, "moe 4 experts top 2 on ffn"),
     Bug(
         "tokens come back to another place", "experts", _tokens_come_back_in_another_order, "moe 3 experts top 1 on ffn"
+    ),
+    Bug(
+        "at the bound is over it",
+        "required",
+        _bounds_are_outside,
+        "train norm ; prune random 37% on ffn.down ; require size <= 1 kB",
+    ),
+    Bug(
+        "each token is given its own probability",
+        "required",
+        _tokens_see_themselves,
+        f'prune random 37% on ffn.down ; require perplexity < 1 using "{HELD_OUT}"',
+    ),
+    Bug(
+        "a result that is refused stays changed",
+        "required",
+        _refused_and_changed,
+        "prune random 37% global on ffn.down + attn.o ; require zeros < 1% on ffn.down + attn.o",
     ),
     Bug("the balancing loss is inverted", "experts", _balance_inverted, "moe 4 experts top 2 balance 0.5 on ffn"),
 )

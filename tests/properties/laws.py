@@ -42,7 +42,7 @@ from surgery.operations.sparse import Sparse
 from surgery.operations.train import Train
 from surgery.verify.bounds import merge_bound
 from tests import strategies, zoo
-from tests.properties import dynamic, hand, reshaping
+from tests.properties import dynamic, hand, requiring, reshaping
 from tests.reference_decoder import ReferenceDecoder
 from tests.strategies import Model
 
@@ -988,6 +988,13 @@ LAWS: tuple[Law, ...] = (
         "mixtures are their formula, and unchanged at first",
         reshaping.mixtures_mean_their_formula,
         cases(reshaping.upcyclings),
+    ),
+    Law(
+        "required",
+        "a result is handed over where it is as required, by an independent count",
+        requiring.handed_over_where_it_is_so,
+        cases(requiring.requirements, ("float64", "float32")),
+        3,
     ),
     Law("copies", "a deep copy is equal and independent", copies_are_independent, _ANY, 2),
 )

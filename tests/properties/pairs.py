@@ -29,6 +29,7 @@ from surgery.operations.train import Train
 from tests import strategies, zoo
 from tests.properties import laws
 from tests.properties.laws import Case, bits, randomise, same
+from tests.properties.requiring import HELD_OUT
 from tests.strategies import Model
 
 Drawn = st.SearchStrategy[Statement]
@@ -79,6 +80,12 @@ STATEMENTS: Mapping[str, Callable[[Model], Drawn]] = MappingProxyType(
             Statement, strategies.quantizes(), st.sampled_from(["base", "ffn"]).map(Role)
         ),
         "repeat": lambda model: _read_as("repeat layers 0", "repeat layers 0 silent", "repeat all layers"),
+        "require perplexity": lambda model: _read_as(
+            f'require perplexity <= 1e6 using "{HELD_OUT}"', f'require perplexity <= 1e6 of base using "{HELD_OUT}"'
+        ),
+        "require size": lambda model: _read_as("require size <= 9 of base", "require size < 1 GB"),
+        "require trainable": lambda model: _read_as("require trainable <= 100%", "require trainable >= 0"),
+        "require zeros": lambda model: _read_as("require zeros >= 0% on ffn", "require zeros <= 100% on attn.q"),
         "shots": lambda model: _on_layers(st.builds(Shots, count=st.integers(1, 2), from_=st.just(EXAMPLES))),
         "sparse": lambda model: strategies.masked(model, strategies.sparses()),
         "train": _trained,

@@ -60,7 +60,7 @@ def _adapters(model: nn.Module, steps: Sequence[Step]) -> dict[str, Adapter]:
     found: dict[str, list[Step]] = {}
     trained: list[Step] = []
     for step in steps:
-        if step.operation.verb in BESIDE:
+        if step.operation.verb in BESIDE or step.operation.phase == "require":
             continue
         if step.operation.phase == "train":
             trained.append(step)

@@ -13,7 +13,7 @@ from surgery.language.explain import explain, explanations
 from surgery.language.reference import verb_section
 from surgery.language.source import Source, Span
 from surgery.language.suggest import did_you_mean
-from surgery.operations import lookup, verbs
+from surgery.operations import Vocabulary, lookup, verbs
 
 
 def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -33,6 +33,8 @@ def command(words: tuple[str, ...]) -> None:
         click.echo(_code(topic))
     elif lookup(topic) is not None:
         click.echo(verb_section(topic))
+    elif longer := Vocabulary().longer(topic):
+        click.echo("\n\n".join(map(verb_section, longer)))
     else:
         raise _unknown(topic)
 

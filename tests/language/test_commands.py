@@ -106,6 +106,7 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "explain", "s013")
     assert (status, out.rstrip("\n")) == (0, explanations()["S013"])
     assert "rank N" in run(capsys, "explain", "lora")[1]
+    assert "## require size\n" in run(capsys, "explain", "require")[1], "all that begin so"
     overview = run(capsys, "explain")[1]
     assert all(code in overview for code in explanations())
     assert all(verb in overview for verb in TABLE)

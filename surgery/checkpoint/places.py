@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Places:
-    """model: without numbers, on the meta device or emptied out. key: by a tensor's first name, the one in the files."""
+    """model: without numbers, on the meta device or emptied out. key: a tensor's first name to the one in the files."""
 
     def __init__(self, model: nn.Module, source: Source, key: Callable[[str], str]) -> None:
         self.model, self.source = model, source

@@ -206,7 +206,7 @@ def _reshaped(
     """The model as statements that reshape it leave it, in their order. Errors: PlanError S103, S132, S133."""
     from surgery.compiler.reshape import double
 
-    steps = _ordered(steps)
+    steps[:] = _ordered(steps)  # the caller goes on with them
     if record is not None:
         raise PlanError.of(
             "S133",

@@ -171,7 +171,7 @@ def plan(
     given, shape = anatomy, None
     first, shared = _steps([each for each in program.statements if each.operation.reshapes()], given, model)
     if first:
-        shape = _reshaped(first, record, model, given, example_inputs)
+        first, shape = _reshaped(_ordered(first), record, model, given, example_inputs)
         model, anatomy = shape.model, shape.anatomy
     rest = [each for each in program.statements if not each.operation.reshapes()]
     resolved, others = _steps(rest, anatomy, model)
@@ -202,11 +202,10 @@ def plan(
 
 def _reshaped(
     steps: list[Step], record: Record | None, model: nn.Module, anatomy: Anatomy, example_inputs: Any
-) -> Reshaped:
-    """The model as statements that reshape it leave it, in their order. Errors: PlanError S103, S132, S133."""
+) -> tuple[list[Step], Reshaped]:
+    """The steps as studied, and the model as they leave it. Errors: PlanError S103, S132, S133."""
     from surgery.compiler.reshape import double
 
-    steps[:] = _ordered(steps)  # the caller goes on with them
     if record is not None:
         raise PlanError.of(
             "S133",
@@ -217,8 +216,8 @@ def _reshaped(
     found = conflicts(steps)
     if found:
         raise PlanError(*found)
-    steps[:] = [_studied(step, model, example_inputs) for step in steps]
-    return double(steps, model, anatomy, example_inputs)
+    steps = [_studied(step, model, example_inputs) for step in steps]
+    return steps, double(steps, model, anatomy, example_inputs)
 
 
 def _studied(step: Step, model: nn.Module, example_inputs: Any) -> Step:

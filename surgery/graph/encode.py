@@ -63,6 +63,10 @@ def encode_blocks(weight: Tensor, levels: Tensor, block: int) -> tuple[Tensor, T
     absmax = torch.empty(flat.numel() // block, dtype=torch.float32)
     bits = flat.view(torch.uint16 if half else torch.uint32).numpy()
     codes = order.to(torch.uint8).numpy()
+    threads = torch.get_num_threads()
     with _TURN:
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         _encode(bits, half, bounds.numpy(), codes, block, packed.view(-1).numpy(), absmax.numpy())
+    if torch.get_num_threads() != threads:  # a pool of OpenMP that numba starts sets its size for torch as well
+        torch.set_num_threads(threads)
     return packed, absmax

@@ -92,7 +92,9 @@ def test_every_spec(path: Path, tmp_path: Path) -> None:
     assert (why is not None) == (path.stem in WHOLE), why
     if path.stem == "optimize":  # made on shapes alone, a plan also tells what the optimizer would be on CUDA
         live, streamed = without_notes(live), without_notes(streamed)
-    assert why is not None or live == streamed
+    assert why is not None or list(live) == list(streamed)
+    assert [file for file in streamed if live[file] != streamed[file]] == []
+    assert (why is None) == bool(streamed)
 
 
 def without_notes(found: dict[str, bytes]) -> dict[str, bytes]:
@@ -141,7 +143,7 @@ def test_wanda_has_one_layer_in_memory(
     monkeypatch.setattr(Lender, "_lend", watched)
     live, streamed, why = both_ways(program, tmp_path / "base", tmp_path)
     assert why is None
-    assert live == streamed
+    assert [name for name in live if live[name] != streamed.get(name)] == []
     assert max(most) == 1
     assert len(most) > 9
     model = surgery.load(tmp_path / "stream")

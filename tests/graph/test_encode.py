@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,3 +57,17 @@ def test_a_last_block_that_is_not_whole_is_left_to_bitsandbytes() -> None:
     wanted, theirs = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     assert torch.equal(codes, wanted)
     assert torch.equal(state.absmax, theirs.absmax)
+
+
+def test_the_number_of_threads_stays_what_it_was() -> None:
+    """numba starts a pool once in a process, so this takes one of its own."""
+    code = """
+import torch
+from surgery.graph.codes import encode
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    codes, _ = encode(torch.randn(64, 64), "nf4", 64, False)
+    print(codes.numel(), torch.get_num_threads())
+"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert said.split("\n")[:2] == ["2048 1", "2048 2"]

@@ -60,8 +60,9 @@ def work_through(worker: Worker, sink: Sink, journal: Journal, jobs: int = 1, ma
             do = lambda unit: worker.do(unit, sink)  # noqa: E731
         threads = min(jobs, len(left)) if several else THREADS
         # As many threads of torch's as the caller has: how many take part in a sum shows in its last bits.
-        started = {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
-        pool = stack.enter_context(ThreadPoolExecutor(threads, **started))
+        pool = stack.enter_context(
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+        )
         _commit(_done(pool, left, do), sink, journal)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from surgery.compiler import plan as plan
     from surgery.compiler import route as route
     from surgery.compiler import unmerge as unmerge
+    from surgery.compiler.extract import extract as extract
     from surgery.errors import SurgeryError as SurgeryError
     from surgery.graph.experts import auxiliary_loss as auxiliary_loss
     from surgery.language import load_program as load_program
@@ -43,6 +44,7 @@ _HOMES = {
     "combine": "surgery.compiler",
     "disabled": "surgery.compiler",
     "export": "surgery.checkpoint.export",
+    "extract": "surgery.compiler.extract",
     "import_peft": "surgery.checkpoint.interchange.peft_import",
     "load": "surgery.checkpoint.load",
     "load_program": "surgery.language",
@@ -62,8 +64,8 @@ _HOMES = {
 
 __all__ = [
     "SurgeryError", "__version__", "activate", "active", "apply", "auxiliary_loss", "combine", "disabled", "export",
-    "import_peft", "load", "load_program", "lottery", "merge", "optimizer", "parameters", "parse", "plan", "route",
-    "save", "schedule", "study", "unmerge", "verify",
+    "extract", "import_peft", "load", "load_program", "lottery", "merge", "optimizer", "parameters", "parse", "plan",
+    "route", "save", "schedule", "study", "unmerge", "verify",
 ]  # fmt: skip
 
 

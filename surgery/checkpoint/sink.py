@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.layout import FileLayout
 from surgery.checkpoint.tensors import DIGEST, Tell, bytes_of, silent
@@ -23,6 +23,7 @@ class Sink:
     """The files of a directory, open for writing.
 
     digests: of what was written so far, by name, where they are `wanted`. late: what was given of the late ones.
+    notes: what a report will say of what was written, by name, as JSON.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Sink:
         self.directory, self.files, self.wanted, self.tell = directory, tuple(files), wanted, tell
         self.digests: dict[str, str] = {}
         self.late: dict[str, bytes] = {}
+        self.notes: dict[str, Any] = {}
         self.home: dict[str, str] = {slot.name: file.name for file in files for slot in file.slots}
         self._places = {name: (file.name, place) for file in files for name, place in file.places().items()}
         self._open: dict[str, int] = {}

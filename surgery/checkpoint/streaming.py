@@ -18,7 +18,7 @@ from surgery.checkpoint.sink import Sink
 from surgery.checkpoint.source import Source
 from surgery.checkpoint.staging import resumed
 from surgery.checkpoint.tensors import DTYPES, Tell, silent
-from surgery.checkpoint.work import work_through
+from surgery.checkpoint.work import Make, work_through
 from surgery.compiler import required
 from surgery.compiler.apply import perform
 from surgery.compiler.record import parameters
@@ -27,7 +27,7 @@ from surgery.graph import zeros
 from surgery.graph.blank import empty_out
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from surgery.anatomy.parts import Part
     from surgery.checkpoint.models import LoadedModel
@@ -83,26 +83,31 @@ def stream(
     `staging.resumed` says.
     """
     work = Applying(plan, directory, tokenizer)
-    fingerprint = {"program": [str(plan.program), plan.program.seed], **work.source.fingerprint()}
+    write(work, partial(Applying, plan, directory), output, origin=origin, force=force, jobs=jobs, tell=tell)
+
+
+def write(
+    work: Applying, make: Make, output: Path, *, origin: str, force: bool, jobs: int = 1, tell: Tell = silent
+) -> Sink:
+    """As `stream`, whatever the work is; gives what was written. make: the same work, for another process."""
     with (
         work.source,
-        resumed(output, fingerprint, work.found.size, force) as (aside, journal),
+        resumed(output, work.fingerprint(), work.found.size, force) as (aside, journal),
         Sink(aside, work.found.files, tell=tell) as sink,
     ):
         if len(journal.units) < work.units:
             work.streams.prepare(lambda name: work.source.read(work.origins[name]))
-        alone = any(step.operation.collective for step in plan.steps)  # what is prepared is prepared here
-        work_through(work, sink, journal, 1 if alone else jobs, partial(Applying, plan, directory))
+        alone = any(step.operation.collective for step in work.plan.steps)  # what is prepared is prepared here
+        work_through(work, sink, journal, 1 if alone else jobs, make)
         sink.finish()
         write_index(aside, work.found.weights)
         write_config(work.hollow, aside, work.found)
         write_tokenizer(work.hollow, aside, origin, None)
-        trained = parameters(work.hollow)
-        started = [name for name, _ in work.hollow.named_parameters() if name in trained]
-        write_manifest(work.hollow, aside, work.found, sink.digests, origin, started)
-        if required.undecided(plan):
+        write_manifest(work.hollow, aside, work.found, sink.digests, origin, work.started(sink))
+        if required.undecided(work.plan):
             with Source(read_header(aside / file.name) for file in work.found.files) as written:
-                _check(plan, Places(work.hollow, written, work.found.key))
+                _check(work.plan, Places(work.hollow, written, work.found.key))
+    return sink
 
 
 def _check(plan: Plan, result: Places) -> None:
@@ -119,6 +124,7 @@ class Applying:
     """What is to be done, in units that depend on nothing but themselves. hollow: the result without numbers."""
 
     def __init__(self, plan: Plan, directory: Path, tokenizer: Any = None) -> None:
+        self.plan = plan
         self.hollow = perform(plan, huggingface.skeleton(directory, meta=True), hollow=True)
         self.model = huggingface.skeleton(directory, meta=False)
         empty_out(self.model)
@@ -150,6 +156,23 @@ class Applying:
         self._todo = [one for _, one in sorted(todo, key=lambda pair: pair[0])]
         self.units, self.files = len(self._todo) + 1, self.found.files
 
+    def fingerprint(self) -> dict[str, object]:
+        """What the result depends on."""
+        return {"program": [str(self.plan.program), self.plan.program.seed], **self.source.fingerprint()}
+
+    def started(self, sink: Sink) -> list[str]:
+        """Trained tensors that are as a program starts them."""
+        trained = parameters(self.hollow)
+        return [name for name, _ in self.hollow.named_parameters() if name in trained]
+
+    def at(self, place: Place, sink: Sink) -> dict[str, Tensor]:
+        """What is at a place afterwards, by full name."""
+        return self.streams.at(place, {name: self.source.read(self.origins[name]) for name in place.reads})
+
+    def copy(self, name: str, sink: Sink) -> None:
+        """Write a tensor that stays as it is."""
+        sink.copy(self.found.key(name), self.source, self.origins[name])
+
     def do(self, unit: int, sink: Sink) -> list[str]:
         """Carry out one unit; the last one writes what no weight decides."""
         if unit == len(self._todo):
@@ -159,13 +182,12 @@ class Applying:
             return sink.write(values)
         todo = self._todo[unit]
         if isinstance(todo, Place):
-            made = self.streams.at(todo, {name: self.source.read(self.origins[name]) for name in todo.reads})
             return [
                 key
-                for name, tensor in made.items()
+                for name, tensor in self.at(todo, sink).items()
                 if name in self.found.held
                 for key in sink.write(self.found.values(name, tensor))
             ]
         for name in todo:
-            sink.copy(self.found.key(name), self.source, self.origins[name])
+            self.copy(name, sink)
         return [self.found.key(name) for name in todo]

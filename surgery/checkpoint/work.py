@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -51,6 +51,7 @@ def work_through(worker: Worker, sink: Sink, journal: Journal, jobs: int = 1, ma
     for line in journal.done:
         sink.digests.update(line["digests"])
         sink.late.update({name: said.encode() for name, said in line["late"].items()})
+        sink.notes.update(line["notes"])
     _return_pages()
     several = jobs > 1 and make is not None and len(left) > 1
     with ExitStack() as stack:
@@ -99,9 +100,10 @@ def _elsewhere(jobs: int, make: Make, sink: Sink) -> Iterator[Callable[[int], Se
             idle.put(pipe)
         if isinstance(done, Exception):
             raise done
-        names, digests, late, size = done
+        names, digests, late, notes, size = done
         sink.digests.update(digests)
         sink.late.update(late)
+        sink.notes.update(notes)
         sink.tell(size)
         return names  # type: ignore[no-any-return]
 
@@ -127,12 +129,16 @@ def _serve(pipe: Connection, make: Make, directory: Path, wanted: bool, threads:
                 return
             try:
                 names = worker.do(unit, sink)
-                digests = {name: sink.digests[name] for name in names if name in sink.digests}
-                late = {name: sink.late[name] for name in names if name in sink.late}
-                pipe.send((names, digests, late, sum(told)))
+                found = ({name: held[name] for name in names if name in held} for held in _told(sink))
+                pipe.send((names, *found, sum(told)))
             except Exception as error:
                 pipe.send(error)
             told.clear()
+
+
+def _told(sink: Sink) -> tuple[dict[str, Any], ...]:
+    """What is to be known of what was written."""
+    return sink.digests, sink.late, sink.notes
 
 
 def _done(
@@ -155,9 +161,9 @@ def _commit(done: Iterator[tuple[int, Sequence[str]]], sink: Sink, journal: Jour
 
     def write() -> None:
         sink.sync()
-        digests = {name: sink.digests[name] for name in names if name in sink.digests}
-        late = {name: sink.late[name].decode() for name in names if name in sink.late}
-        journal.add({"units": units, "digests": digests, "late": late})
+        digests, late, notes = ({name: held[name] for name in names if name in held} for held in _told(sink))
+        said = {name: value.decode() for name, value in late.items()}
+        journal.add({"units": units, "digests": digests, "late": said, "notes": notes})
 
     for unit, wrote in done:
         units.append(unit)

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("surgery.cli.merge", "Fold a saved result into plain weights."),
     "export": ("surgery.cli.export", "Write a saved result in a form that others load."),
     "import": ("surgery.cli.import_", "Put an adapter of another library on its base."),
+    "extract": ("surgery.cli.extract", "Make an adapter of what tuning has done to a model."),
     "inspect": ("surgery.cli.inspect", "Tell what a directory is, without reading its weights."),
     "diff": ("surgery.cli.diff", "Compare the tensors of two directories."),
     "completion": ("surgery.cli.completion", "Print the shell completion script."),

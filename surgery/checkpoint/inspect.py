@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from surgery.anatomy.parts import Part
 from surgery.checkpoint.compare import tensors_of
 from surgery.checkpoint.header import WIDTHS, TensorInfo
 from surgery.checkpoint.manifest import NAME, Manifest
+from surgery.compiler.zeros import Cell
+from surgery.graph.site import tensor_name
 
 MASK = "_mask"
 
@@ -72,15 +76,18 @@ def _step(step: Mapping[str, Any], tensors: Mapping[str, tuple[Path, TensorInfo]
         "places": len(step["parts"]),
         "parameters": step["parameters_added"],
     }
-    kept = weights = 0
+    zeros = weights = 0
+    cells: list[dict[str, Any]] = []
     if step["phase"] == "mask":
-        for part in step["parts"]:
-            held = tensors.get(f"{part['path']}.{part.get('parameter', 'weight')}{MASK}")
+        for part in map(Part.from_json, step["parts"]):
+            held = tensors.get(f"{part.path}.{tensor_name(f'{part.parameter}{MASK}', part, None)}")
             if held is not None:
-                weights += part["shape"][0] * part["shape"][1]
-                kept += _ones(*held)
+                cell = Cell.of(part, part.shape[0] * part.shape[1] - _ones(*held))
+                zeros, weights = zeros + (cell.zeros or 0), weights + cell.size
+                cells.append(asdict(cell))
     if weights:
-        told["zeros"] = 1 - kept / weights
+        told["by_layer"] = cells
+        told["zeros"] = zeros / weights
     return told
 
 

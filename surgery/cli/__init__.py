@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("surgery.cli.import_", "Put an adapter of another library on its base."),
     "extract": ("surgery.cli.extract", "Make an adapter of what tuning has done to a model."),
     "inspect": ("surgery.cli.inspect", "Tell what a directory is, without reading its weights."),
+    "report": ("surgery.cli.report", "Write what was done on one HTML page, with plots."),
     "diff": ("surgery.cli.diff", "Compare the tensors of two directories."),
     "completion": ("surgery.cli.completion", "Print the shell completion script."),
 }

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from surgery.cli.arguments import out_argument
+from surgery.cli.heat import in_blocks, strips
 from surgery.cli.sizes import readable
 
 
@@ -30,6 +31,8 @@ def command(out: str, as_json: bool) -> None:
 
 def lines(out: Path, found: Mapping[str, Any]) -> Iterator[str]:
     """What was found, for people."""
+    from surgery.compiler.zeros import Cell
+
     made = f", by surgery {found['version']}" if "version" in found else ""
     yield f"{out}: {found['model']}{made}"
     if found.get("origin"):
@@ -46,6 +49,7 @@ def lines(out: Path, found: Mapping[str, Any]) -> Iterator[str]:
             added = f", +{step['parameters']:,} parameters" if step["parameters"] else ""
             yield f"  {step['statement']}"
             yield f"      {step['places']} place{'' if step['places'] == 1 else 's'}{added}{zeros}"
+        yield from strips([Cell(**cell) for step in found["steps"] for cell in step.get("by_layer", ())], in_blocks())
         promises = found["promises"]
         yield ""
         if promises is None:

@@ -7,6 +7,7 @@ import json
 import click
 
 from surgery.cli.arguments import model_argument, program_argument, read_program, set_option, tokenizer_for
+from surgery.cli.heat import in_blocks, strips
 from surgery.cli.progress import progress
 
 
@@ -16,7 +17,7 @@ from surgery.cli.progress import progress
 @set_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def command(program: str, model: str, settings: dict[str, str], as_json: bool) -> None:
-    """Show what PROGRAM would change in MODEL: sites, parameters, memory, what merges.
+    """Show what PROGRAM would change in MODEL: sites, parameters, memory, what merges, what becomes zero.
 
     Reads shapes, not weights: a 70-billion-parameter config.json is enough.
     """
@@ -28,4 +29,8 @@ def command(program: str, model: str, settings: dict[str, str], as_json: bool) -
         from surgery.compiler import plan
 
         made = plan(parsed, loaded.model, example_inputs=loaded.example_inputs, tokenizer=tokenizer_for(parsed, loaded))
-    click.echo(json.dumps(made.to_json(), indent=1) if as_json else str(made))
+        from surgery.compiler.zeros import planned
+    if as_json:
+        click.echo(json.dumps(made.to_json(), indent=1))
+        return
+    click.echo("\n".join([str(made), *strips(planned(made), in_blocks())]))

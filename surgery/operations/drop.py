@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from surgery.errors import PlanError
 from surgery.lazy import lazy
-from surgery.operations.base import Operation, Phase
+from surgery.operations.layers import OfLayers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from surgery.anatomy.parts import Anatomy, Kind, Part
+    from surgery.anatomy.parts import Anatomy, Part
     from surgery.graph import depth
     from surgery.graph.shaping import Shaping
 else:
@@ -21,7 +21,7 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drop(Operation):
+class Drop(OfLayers):
     """Leave whole layers out: `drop layers 20..23`.
 
     The layers that stay keep their weights and are numbered anew. All statements that do not reshape the model speak of
@@ -29,24 +29,7 @@ class Drop(Operation):
     """
 
     verb: ClassVar[str] = "drop"
-    phase: ClassVar[Phase] = "depth"
-    acts_on: ClassVar[tuple[Kind, ...]] = ("block",)
-    leads: ClassVar[bool] = True
     sign: ClassVar[str] = "-"
-
-    def narrowed(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
-        return whole_layers(parts, self.verb)
-
-    def claims(self, name: str | None) -> tuple[str, ...]:
-        return ("layer",)
-
-    @property
-    def nameable(self) -> bool:
-        return False
-
-    @property
-    def on_merge(self) -> str:
-        return ""
 
     def warnings(self, parts: Sequence[Part], anatomy: Anatomy, model: Any) -> Sequence[str]:
         gone = {(part.stack, part.layer) for part in parts}
@@ -70,15 +53,3 @@ class Drop(Operation):
             if gone:
                 standing = shaping.order(stack)
                 depth.reorder(shaping, stack, [place for place, index in enumerate(standing) if index not in gone])
-
-
-def whole_layers(parts: tuple[Part, ...], verb: str) -> tuple[Part, ...]:
-    """The layers among blocks. Error: PlanError S131 where there are none."""
-    found = tuple(part for part in parts if part.role == "layer")
-    if not found:
-        raise PlanError.of(
-            "S131",
-            f"`{verb}` takes whole layers, and {parts[0].path if parts else 'this model'} is not one",
-            help="write `layers 20..23`; each layer has to be one module of a list",
-        )
-    return found

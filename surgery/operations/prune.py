@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from surgery.language.values import percent
 from surgery.lazy import lazy, torch
+from surgery.operations import texts
 from surgery.operations.base import (
     Count,
     File,
@@ -71,8 +72,8 @@ class Prune(Operation, Scheduled):
     global_: Flag = flag("rank the weights of all matrices together")
     rows: Flag = flag("rank the weights of each row by themselves, as `wanda` always does")
     using: File | None = option("text, or JSONL with `text` or `input_ids`, to calibrate on", default=None)
-    samples: Count = option("sequences of it that are read", default=128, at_least=1)
-    length: Count = option("tokens of each sequence, at most", default=512, at_least=2)
+    samples: Count = texts.samples()
+    length: Count = texts.length()
     to: Share | None = option("share that has gone in the end, where it grows while the model is trained", default=None)
     over: Count | None = option("steps until then", default=None, unit="steps", at_least=1)
     every: Count | None = option("how often more goes; unsaid 100 steps", default=None, unit="steps", at_least=1)

@@ -8,13 +8,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from surgery.lazy import lazy
-from surgery.operations.base import Flag, Operation, Phase, flag
-from surgery.operations.drop import whole_layers
+from surgery.operations.base import Flag, flag
+from surgery.operations.layers import OfLayers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from surgery.anatomy.parts import Kind, Part
+    from surgery.anatomy.parts import Part
     from surgery.graph import depth
     from surgery.graph.shaping import Shaping
 else:
@@ -24,7 +24,7 @@ WRITERS = ("attn.o", "cross.o", "ffn.down", "mixer.out")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repeat(Operation):
+class Repeat(OfLayers):
     """Let layers stand twice: `repeat layers 8..15` puts copies of 8 to 15 behind 15, with weights of their own.
 
     Layers with gaps between them are repeated run by run, so that `repeat layers even` puts each copy right behind its
@@ -33,31 +33,14 @@ class Repeat(Operation):
     """
 
     verb: ClassVar[str] = "repeat"
-    phase: ClassVar[Phase] = "depth"
-    acts_on: ClassVar[tuple[Kind, ...]] = ("block",)
-    leads: ClassVar[bool] = True
     sign: ClassVar[str] = "+"
 
     silent: Flag = flag("the copies' output maps start at zero: the model is unchanged at first")
-
-    def narrowed(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
-        return whole_layers(parts, self.verb)
 
     def fits(self, part: Part) -> str | None:
         if self.silent and part.rescales:
             return "what it hands on is more than the sum of what it reads and what it adds, so no copy can be silent"
         return None
-
-    def claims(self, name: str | None) -> tuple[str, ...]:
-        return ("layer",)
-
-    @property
-    def nameable(self) -> bool:
-        return False
-
-    @property
-    def on_merge(self) -> str:
-        return ""
 
     def reshape(self, parts: Sequence[Part], shaping: Shaping) -> None:
         for stack in shaping.anatomy.stacks:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgery.lazy import lazy
+from surgery.operations import texts
 from surgery.operations.base import (
     Comparison,
     Count,
@@ -181,8 +182,8 @@ class RequirePerplexity(Require):
 
     bound: Comparison = comparison("a number, or a multiple of the base's", bound=Number, of=("base",))
     using: File = option("text, or JSONL with `text` or `input_ids`, held out from all training")
-    samples: Count = option("sequences of it that are read", default=128, at_least=1)
-    length: Count = option("tokens of each sequence, at most", default=512, at_least=2)
+    samples: Count = texts.samples()
+    length: Count = texts.length()
 
     @property
     def needs_text(self) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from surgery.errors import PlanError
 from surgery.lazy import lazy
+from surgery.operations import texts
 from surgery.operations.base import (
     Count,
     File,
@@ -73,8 +74,8 @@ class Structured(Operation):
     )
     nearest: Flag = flag("take the nearest share that can be had")
     using: File | None = option("text, or JSONL with `text` or `input_ids`, to calibrate on", default=None)
-    samples: Count = option("sequences of it that are read", default=128, at_least=1)
-    length: Count = option("tokens of each sequence, at most", default=512, at_least=2)
+    samples: Count = texts.samples()
+    length: Count = texts.length()
     cuts: tuple[Cut, ...] = field(default=(), compare=False, repr=False)
     uneven: bool = field(default=False, compare=False, repr=False)  # a layer of a stack has another number of units
 

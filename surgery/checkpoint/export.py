@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -19,13 +21,16 @@ def export(
     origin: str | None = None,
     source: Path | None = None,
     force: bool = False,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
 ) -> None:
     """Write what others load to a new directory, which appears whole or not at all. The model stays as it is.
 
     to: `peft`, the adapters alone, one directory for each; `huggingface`, a copy of the model with everything folded,
-    which `from_pretrained` loads; `mixtral`, a llama with experts in every layer as a Mixtral. origin: what to call the
-    base. source: where tokenizer files are copied from.
-    Errors: S421 not transformed, S451 what the form cannot say, S453 an unknown form, S430 to S433 the directory.
+    which `from_pretrained` loads; `mixtral`, a llama with experts in every layer as a Mixtral; `pt2`, the model as it
+    runs now, as a program of torch.export that runs without us. origin: what to call the base. source: where tokenizer
+    files are copied from. example_inputs: of a plain module, for `pt2`.
+    Errors: S421 not transformed, S451 what the form cannot say, S453 an unknown form, S456 and S457 what no program of
+    torch alone computes, S430 to S433 the directory.
     """
     if to not in FORMS:
         raise CheckpointError.of("S453", f"no form `{to}`", help=f"there are {' and '.join(FORMS)}")
@@ -33,6 +38,10 @@ def export(
         from surgery.checkpoint.interchange import mixtral
 
         mixtral.export(model, Path(path), source=source, force=force)
+    elif to == "pt2":
+        from surgery.checkpoint.interchange import pt2
+
+        pt2.export(model, Path(path), example_inputs=example_inputs, source=source, force=force)
     elif to == "peft":
         from surgery.checkpoint.interchange import peft
 

@@ -18,17 +18,25 @@ from surgery.cli.sizes import directory_size
 @output_option
 @force_option
 def command(out: str, form: str, output: Path, force: bool) -> None:
-    """Write the result in OUT for others: its adapters for PEFT, or the whole model, folded, for transformers."""
+    """Write the result in OUT for others: adapters for PEFT, a folded model for transformers, a program for torch."""
     from surgery.checkpoint.staging import check_target
 
     check_target(output, force)
     from surgery.checkpoint.export import export
-    from surgery.checkpoint.load import load
+    from surgery.checkpoint.load import read
     from surgery.checkpoint.manifest import Manifest, total_bytes
 
     manifest = Manifest.read(Path(out))
     with progress(f"reading {out}", lambda: total_bytes(Path(out))) as tell:
-        model = load(out, tell=tell)
+        loaded = read(Path(out), tell=tell)
     with progress(f"writing {output}"):
-        export(model, output, to=form, origin=manifest.origin, source=Path(out), force=force)
+        export(
+            loaded.model,
+            output,
+            to=form,
+            origin=manifest.origin,
+            source=Path(out),
+            force=force,
+            example_inputs=loaded.example_inputs,
+        )
     click.echo(f"Saved in {output} ({directory_size(output)}).")

@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING
 
 from surgery.checkpoint import huggingface
 from surgery.checkpoint.content import plain
-from surgery.checkpoint.header import read_header
-from surgery.checkpoint.inventory import inventory, put
 from surgery.checkpoint.layout import write_index
-from surgery.checkpoint.load import base, load_either, replay
+from surgery.checkpoint.load import load_either
 from surgery.checkpoint.manifest import Manifest
+from surgery.checkpoint.places import places
 from surgery.checkpoint.save import base_directory, copy_tokenizer, write_config
 from surgery.checkpoint.sink import Sink
-from surgery.checkpoint.source import Source
 from surgery.checkpoint.staging import resumed
 from surgery.checkpoint.tensors import Tell, digest, silent
 from surgery.checkpoint.work import work_through
 from surgery.compiler import merge, record_of
-from surgery.graph.blank import blank, empty_out, lent
+from surgery.graph.blank import blank, lent
 from surgery.graph.fold import fold
 from surgery.graph.module import Rewritten, rewritten
 
@@ -76,15 +74,9 @@ class Merging:
         shapes = merged_shapes(directory) if shapes is None else shapes
         assert shapes is not None
         self.manifest = manifest = Manifest.read(directory)
-        self.model = base(directory, manifest).model
-        empty_out(self.model)
-        replay(self.model, manifest, shaped=manifest.shape == "config")
-        for held in inventory(self.model).values():
-            if held.tensor.is_meta:
-                put(held, blank(held.tensor))
+        written = places(directory, manifest)
+        self.model, self.source = written.model, written.source
         self.found: Content = plain(shapes, base_directory(self.model, manifest.origin))
-        files = sorted({entry.file for entry in manifest.tensors.values()})
-        self.source = Source(read_header(directory / file) for file in files)
         self.sites: dict[str, Rewritten] = dict(rewritten(self.model))
         copies: dict[str, list[str]] = {}
         for name in self.found.held:

@@ -39,13 +39,11 @@ class Places:
             yield module
 
 
-@contextmanager
-def opened(directory: Path) -> Iterator[tuple[Places, Manifest]]:
-    """What `surgery apply` wrote. Errors: those of `load`."""
-    manifest = Manifest.read(directory)
+def places(directory: Path, manifest: Manifest) -> Places:
+    """Of what `surgery apply` wrote; its source is to be closed. Errors: those of `load`."""
     model = base(directory, manifest).model
     empty_out(model)
     replay(model, manifest, shaped=manifest.shape == "config")
     files = sorted({entry.file for entry in manifest.tensors.values()})
-    with Source(read_header(directory / file) for file in files) as source:
-        yield Places(model, source, lambda name: manifest.tensors[name].key or name), manifest
+    source = Source(read_header(directory / file) for file in files)
+    return Places(model, source, lambda name: manifest.tensors[name].key or name)

@@ -12,8 +12,9 @@ import torch
 
 from surgery.checkpoint.header import check_checkpoint
 from surgery.checkpoint.inspect import inspect
+from surgery.checkpoint.manifest import Manifest
 from surgery.checkpoint.models import directory_of
-from surgery.checkpoint.places import opened
+from surgery.checkpoint.places import places
 from surgery.checkpoint.source import Source
 from surgery.compiler import Plan
 from surgery.compiler.zeros import Cell
@@ -72,14 +73,16 @@ def facts(directory: Path) -> Facts:
     cells: list[Cell] = []
     magnitudes: dict[str, Magnitudes] = {}
     compared = False
-    with opened(directory) as (places, manifest), _base(manifest.origin) as base:
+    manifest = Manifest.read(directory)
+    result = places(directory, manifest)
+    with result.source, _base(manifest.origin) as base:
         plan = Plan.from_json(manifest.plan)
         if any(step.operation.phase == "depth" for step in plan.steps):
             base = None  # its layers have other numbers
         for path, parts in _by_path(plan).items():
-            with places.at(path):
+            with result.at(path):
                 for part in parts:
-                    weight = zeros.weight_of(places.model, part)
+                    weight = zeros.weight_of(result.model, part)
                     gone = weight == 0
                     cell = Cell.of(part, int(gone.sum()))
                     cells.append(cell)

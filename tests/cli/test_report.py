@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
+from surgery.anatomy.parts import Part
 from surgery.checkpoint.report import facts
 from surgery.cli.heat import strips
 from surgery.compiler.zeros import Cell, planned
+from surgery.graph import zeros
 from tests import zoo
 from tests.cli.conftest import Run, command
 
@@ -190,6 +192,21 @@ def test_magnitudes_of_what_was_cut_come_from_the_base(out: Path, base: Path, ru
     assert 2.0 ** (-24 + last / 2) <= largest < 2.0 ** (-24 + (last + 1) / 2)
     assert not any(told.kept[:last]), "global by magnitude: the smallest of all have gone"
     assert set(found.magnitudes) == {"attn.q", "attn.o", "ffn.down"}
+
+
+def test_one_place_is_in_memory_at_a_time(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor without numbers has room for one of them alone."""
+    read, weight_of = [], zeros.weight_of
+
+    def watched(model: torch.nn.Module, part: Part) -> torch.Tensor:
+        held = [name for name, tensor in model.named_parameters() if tensor.untyped_storage().nbytes() >= tensor.nbytes]
+        assert {name.rpartition(".")[0] for name in held} == {part.path}
+        read.append(part.path)
+        return weight_of(model, part)
+
+    monkeypatch.setattr(zeros, "weight_of", watched)
+    facts(out)
+    assert len(set(read)) == 12
 
 
 def test_what_was_cut_out_and_what_is_not_known(base: Path, run: Run) -> None:

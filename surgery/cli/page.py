@@ -127,7 +127,8 @@ def _table(cells: Sequence[Cell]) -> str:
 
 
 def _magnitudes(facts: Facts) -> Iterator[str]:
-    if not facts.magnitudes:
+    shown = {role: found for role, found in facts.magnitudes.items() if any((*found.kept, *found.cut))}
+    if not shown:
         return
     yield "<h2>What was kept, and what was cut</h2>"
     cut = (
@@ -137,7 +138,7 @@ def _magnitudes(facts: Facts) -> Iterator[str]:
     )
     kept = '<span class="key" style="background: var(--kept)"></span> weights that stayed'
     yield f'<p class="soft">Weights by magnitude, in half octaves. {kept}; {cut}.</p><div class="plots">'
-    for role, found in facts.magnitudes.items():
+    for role, found in shown.items():
         known = sum(found.cut) / found.gone if facts.compared else 1
         note = f'<span class="soft">the size of {known:.0%} of what is zero is known</span>' if known < 0.99 else ""
         yield f'<div class="plot"><h3>{escape(role)}</h3>{_histogram(role, found)}{note}</div>'

@@ -213,6 +213,10 @@ def test_what_was_cut_out_and_what_is_not_known(base: Path, run: Run) -> None:
     """Layers with other numbers are not compared; a base that is gone is not either."""
     zoo.tiny("llama", intermediate_size=64).save_pretrained("base")
     Path("p").write_text("prune neurons 25% on ffn in layers 0..1 ; drop layers 2 ; prune magnitude 50% on attn.q")
+    Path("q").write_text("repeat layers 1 silent")
+    assert run("apply", "q", "base", "-o", "silent").status == 0
+    assert run("report", "silent").status == 0, "weights of which none has a size have no histogram"
+    assert "Magnitudes" not in Path("silent.html").read_text("utf-8")
     assert run("apply", "p", "base", "-o", "out").status == 0
     found = facts(Path("out"))
     assert [(unit.kept, unit.count) for unit in found.units] == [(48, 64), (48, 64)]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.checkpoint.inventory import inventory
 from surgery.errors import CheckpointError
+from surgery.verify.bounds import relative_error
 from tests import zoo
 
 PROGRAMS = {
@@ -122,7 +123,8 @@ def test_transformers_reads_our_4_bit_weights(tmp_path: Path) -> None:
     import bitsandbytes.functional as bnb
     from transformers import AutoModelForCausalLM
 
-    specimen = zoo.specimen("llama", hidden_size=32, intermediate_size=64, num_attention_heads=4, head_dim=8)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 8}
+    specimen = zoo.specimen("llama", **sizes)
     wide = specimen.model.model.layers[1].mlp.up_proj.weight.detach().clone()
     surgery.save(surgery.apply(surgery.parse("quantize base nf4 double"), specimen.model), tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
@@ -132,6 +134,23 @@ def test_transformers_reads_our_4_bit_weights(tmp_path: Path) -> None:
     assert torch.equal(bnb.dequantize_4bit(weight.data, weight.quant_state), bnb.dequantize_4bit(codes, state))
     assert isinstance(theirs.lm_head, torch.nn.Linear)
     assert theirs.lm_head.weight.is_floating_point()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("form", ["nf4 double", "fp4"])
+def test_transformers_computes_what_we_do_in_4_bits(family: str, form: str, tmp_path: Path) -> None:
+    """Rows are whole blocks here: the CPU kernel of bitsandbytes widens others wrongly."""
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4}
+    sizes |= {"ffn_dim": 128, "word_embed_proj_dim": 64} if family == "opt" else {"intermediate_size": 128}
+    specimen = zoo.specimen(family, **sizes)
+    base = specimen.logits()
+    surgery.save(surgery.apply(surgery.parse(f"quantize base {form}"), specimen.model), tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
+    logits = zoo.logits(theirs.train(), specimen.inputs)  # in evaluation mode it would repack its weights
+    assert relative_error(logits, zoo.logits(surgery.load(tmp_path / "out"), specimen.inputs)) < 1e-6
+    assert relative_error(logits, base) > 0.02
 
 
 def test_merged_in_part_comes_back(tmp_path: Path) -> None:

@@ -64,8 +64,10 @@ def traced(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]
                 dynamic_shapes=shapes or tuple(_dynamic(value, strictly) for value in args),
                 strict=False,
             )
-            if "bitsandbytes" in _packages(program):
-                program = program.run_decompositions(plain_operators())
+            codes = "bitsandbytes" in _packages(program)
+            if codes or any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in _calls(program)):
+                # Also where there are regions, as without autocast, which torch.export.save does not take as they are.
+                program = program.run_decompositions(dict(plain_operators()) if codes else {})
     except Exception as error:
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError.of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,18 @@ def _one_thread() -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_collections() -> None:
+    """An export makes so many objects that the collector would go through all imported modules time and again."""
+    import torch
+    import transformers
+
+    assert torch.__version__ and transformers.__version__
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

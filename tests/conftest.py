@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -49,10 +50,8 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _few_collections() -> None:
     """An export makes so many objects that the collector would go through all imported modules time and again."""
-    import torch
-    import transformers
-
-    assert torch.__version__ and transformers.__version__
+    for name in ("torch", "transformers"):
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)

@@ -118,7 +118,8 @@ def test_every_method_trains_as_many_as_planned(family: str, tmp_path: Path, mon
     Path("examples.jsonl").write_text('{"input": "w5", "output": "w6"}\n')
     tokenizer = zoo.tokenizer(zoo.tiny(family).config.vocab_size)
     done = set()
-    for form in forms(TABLE):
+    methods = [form for form in forms(TABLE) if form.operation.phase != "require"]
+    for form in methods:
         model = zoo.tiny(family)
         try:
             plan = surgery.plan(Program((form,)), model, tokenizer=tokenizer)
@@ -136,4 +137,4 @@ def test_every_method_trains_as_many_as_planned(family: str, tmp_path: Path, mon
         done.add(form.operation.verb)
         if form.operation.phase == "attach" and form.operation.verb not in ("instruct", "shots"):
             assert trained, str(form)
-    assert len(done) >= len(TABLE) - 6
+    assert len(done) >= len({form.operation.verb for form in methods}) - 6

@@ -74,7 +74,7 @@ def test_all_pairs_of_forms_on_transformers_models(
 ) -> None:
     """Both at once, one after the other, and saved and loaded: the same bits and the same outputs."""
     monkeypatch.chdir(tmp_path)
-    Path("examples.jsonl").write_text('{"input": "w5", "output": "w6"}\n')
+    Path("examples.jsonl").write_text('{"input": "w5", "output": "w6", "text": "w5 w6 w7"}\n')
     base = zoo.tiny(family)
     fed, tokenizer = zoo.inputs(base), zoo.tokenizer(base.config.vocab_size)
 

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from surgery.graph.matrix import Diagonal, Matrix, Patched, Picked, Product, Scaled, Stored, Sum
+
 
 class NotAffine(Exception):
     """The value depends on the input in a way that no matrix can say."""
@@ -21,7 +23,8 @@ class NotAffine(Exception):
 class Affine:
     """x -> matrix @ x + offset over the last dimension.
 
-    matrix: (out, in) in `dtype`, or None for a diagonal one on `width` features. offset: (out,) or None for zero.
+    matrix: (out, in) in `dtype`, by blocks, or None for a diagonal one on `width` features. offset: (out,) or None for
+    zero.
     diagonal: (width,) factors where there is no matrix; None for the identity.
     All products are taken in `dtype` (float32, or float64 for float64 models), so that a merge rounds once, at its end.
     `one_hot`: the value stands for a row of token ids, one-hot encoded; a lookup takes it to the table.
@@ -30,7 +33,7 @@ class Affine:
     def __init__(
         self,
         width: int,
-        matrix: Tensor | None = None,
+        matrix: Matrix | None = None,
         offset: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         one_hot: bool = False,
@@ -46,22 +49,29 @@ class Affine:
         """As of one batch of one position: code may ask for the number of features, not for the batch."""
         return torch.Size((1, 1, self.width))
 
+    @property
+    def whole(self) -> Matrix:
+        """The matrix, be it diagonal or not."""
+        if self.matrix is not None:
+            return self.matrix
+        ones = torch.ones(self.width, dtype=self.dtype, device=self.device)
+        return Diagonal(ones if self.diagonal is None else self.diagonal)
+
     def dense(self) -> Tensor:
-        """The matrix, with a diagonal one written out."""
-        if self.matrix is None and self.diagonal is not None:
-            return torch.diag(self.diagonal)
-        return torch.eye(self.width, dtype=self.dtype, device=self.device) if self.matrix is None else self.matrix
+        """The matrix, written out."""
+        return self.whole.dense()
 
     def then(self, weight: Tensor, bias: Tensor | None = None) -> Affine:
         """The value after y = weight x + bias; weight is (out, in)."""
         if self.one_hot:
             raise NotAffine("token ids go into a linear map")
-        weight = weight.detach().to(self.dtype)
+        stored = Stored(weight.detach(), self.dtype)
+        matrix: Matrix = stored
         if self.matrix is not None:
-            matrix = weight @ self.matrix
-        else:
-            matrix = weight if self.diagonal is None else weight * self.diagonal
-        offset = None if self.offset is None else weight @ self.offset
+            matrix = Product(stored, self.matrix)
+        elif self.diagonal is not None:
+            matrix = Scaled(stored, self.diagonal, by_column=True)
+        offset = None if self.offset is None else stored.dense() @ self.offset
         if bias is not None:
             bias = bias.detach().to(self.dtype)
             offset = bias if offset is None else offset + bias
@@ -85,25 +95,22 @@ class Affine:
         if factor.dim() > 1 and factor.numel() != factor.shape[-1]:
             raise NotAffine("the factor differs between positions")
         factor = factor.reshape(-1) if factor.dim() else factor
-        rows = factor.unsqueeze(-1) if factor.dim() else factor
         offset = None if self.offset is None else self.offset * factor
         if self.matrix is None:
             factors = factor.to(self.device).expand(self.width)
             diagonal = factors if self.diagonal is None else self.diagonal * factors
             return Affine(self.width, None, offset, self.dtype, device=self.device, diagonal=diagonal)
-        matrix = self.dense()
-        return Affine(self.width, matrix * rows.to(matrix.device), offset, self.dtype)
+        return Affine(self.width, Scaled(self.matrix, factor), offset, self.dtype)
 
     def plus(self, other: Any, sign: float = 1.0) -> Affine:
         """Plus another affine value, a vector over the features or a number."""
         if self.one_hot:
             raise NotAffine("token ids are shifted")
         if isinstance(other, Affine):
-            mine, theirs = self.dense(), other.dense()
             offset = self.offset
             if other.offset is not None:
                 offset = sign * other.offset if offset is None else offset + sign * other.offset
-            return Affine(self.width, torch.add(mine, theirs, alpha=sign), offset, self.dtype)
+            return Affine(self.width, Sum(self.whole, other.whole, sign), offset, self.dtype)
         shift = self._number(other)
         if shift.dim() > 1 and shift.numel() != shift.shape[-1]:
             raise NotAffine("the summand differs between positions")
@@ -114,12 +121,12 @@ class Affine:
     def rows(self, index: Tensor) -> Affine:
         """Only these features."""
         offset = None if self.offset is None else self.offset[index]
-        return Affine(int(index.numel()), self.dense()[index], offset, self.dtype)
+        return Affine(int(index.numel()), Picked(self.whole, index), offset, self.dtype)
 
     def at_rows(self, index: Tensor, other: Affine, add: bool) -> Affine:
         """With these features replaced by, or increased by, another value."""
         change = torch.Tensor.index_add if add else torch.Tensor.index_copy
-        matrix = change(self.dense(), 0, index, other.dense())
+        matrix = Patched(self.whole, index, other.whole, add)
         offset = self.offset
         if offset is not None or other.offset is not None:
             mine = torch.zeros(self.width, dtype=self.dtype, device=matrix.device) if offset is None else offset
@@ -193,7 +200,7 @@ class Affine:
 def _embedding(ids: Any, table: Tensor, *_: Any, **options: Any) -> Affine:
     if not (isinstance(ids, Affine) and ids.one_hot) or options.get("max_norm") is not None:
         raise NotAffine("the lookup renormalises its table, or has no plain token ids")
-    return Affine(table.shape[1], table.detach().to(ids.dtype).t(), None, ids.dtype)
+    return Affine(table.shape[1], Stored(table.detach().t(), ids.dtype), None, ids.dtype)
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Affine:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from threading import Lock
+
 import torch
 from torch import Tensor, nn
 
 from surgery.graph.affine import Affine, NotAffine
+from surgery.graph.matrix import Stored
 from surgery.graph.module import Facts, Rewritten
+from surgery.graph.rounding import Rounding, measured, rounded
+
+_SWITCHING = Lock()  # torch.fx writes code
 
 
 def affine(site: nn.Module, facts: Facts | None) -> Affine:
@@ -29,29 +35,54 @@ def affine(site: nn.Module, facts: Facts | None) -> Affine:
     return value
 
 
-def fold(site: Rewritten) -> nn.Module:
+def fold(site: Rewritten, told: dict[str, Rounding] | None = None) -> nn.Module:
     """The original module again, computing what the site does; sums are taken wide and rounded once.
 
     Where the original's forward does more than a plain map, the tensors are those that make it compute the site's
     matrix and offset; NotAffine when there are none. A tensor that would not change stays the same object, and tied.
     The site itself is not touched, but its original may hold other tensors afterwards: put the result in its place.
+    told: gets what rounding did to the change of the weight and the bias, under their names, where branches make one.
     """
     facts = site.facts
     value = affine(site, facts)
     assert facts is not None
+    before = _without_branches(site) if told is not None and facts.plain else None
     module = site.original
     module.train(site.training)
-    matrix, offset = value.dense(), value.offset
+    matrix, offset = value.whole, value.offset
     if not facts.plain:
-        matrix, offset = _undone(module, facts, matrix, offset, site._parameters.get("bias"))
-    dtype = _dtype(site, facts)
-    weight = matrix.to(dtype)
-    _hold(module, "weight", (weight.t() if facts.lookup or facts.transposed else weight).contiguous(), site)
+        dense, offset = _undone(module, facts, matrix.dense(), offset, site._parameters.get("bias"))
+        matrix = Stored(dense, dense.dtype)
+    weight, found = rounded(
+        matrix, _dtype(site, facts), facts.lookup or facts.transposed, None if before is None else before.whole
+    )
+    if told is not None and found is not None:
+        told["weight"] = found
+    _hold(module, "weight", weight, site)
     bias = site._parameters.get("bias")
     if offset is not None or bias is not None:
         offset = torch.zeros(facts.shape[0], device=matrix.device) if offset is None else offset
-        _hold(module, "bias", offset.to(dtype if bias is None else bias.dtype), site)
+        held = offset.to(weight.dtype if bias is None else bias.dtype)
+        if told is not None and before is not None and not held.is_meta:
+            told["bias"] = measured(
+                offset.clone(), held, torch.zeros_like(offset) if before.offset is None else before.offset
+            )
+        _hold(module, "bias", held, site)
     return module
+
+
+def _without_branches(site: Rewritten) -> Affine | None:
+    """The map that the site's branches change; None where there are none that run."""
+    if not site.branches() - site.off:
+        return None
+    state = site.state
+    with _SWITCHING:
+        site.switch({None})
+    try:
+        return affine(site, site.facts)
+    finally:
+        with _SWITCHING:
+            site.route(*state)
 
 
 def _undone(

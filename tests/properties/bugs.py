@@ -53,6 +53,7 @@ import surgery.training.optimizer
 import surgery.training.pages
 import surgery.training.schedule
 from surgery.graph.affine import RULES, Affine
+from surgery.graph.matrix import Sum
 from surgery.language import parse
 from surgery.operations.base import Operation
 from surgery.operations.lora import Lora
@@ -401,8 +402,12 @@ def _copies_share(patch: Patch) -> None:
 
 def _merge_of_half(patch: Patch) -> None:
     """Sums of a merge are taken narrow."""
-    original = Affine.dense
-    patch.setattr(Affine, "dense", lambda self: original(self).to(torch.bfloat16).to(self.dtype))
+    original = Sum.block
+
+    def block(self: Sum, *where: Any) -> Tensor:
+        return original(self, *where).to(torch.bfloat16).to(self.dtype)
+
+    patch.setattr(Sum, "block", block)
 
 
 def _prompt_read_where_its_tokens_stand(patch: Patch) -> None:

@@ -1,0 +1,90 @@
+"""Wide sums, rounded once into the dtype that holds them, and what that rounding did to a change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from surgery.graph.matrix import Matrix
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding did to one tensor's change. changed: entries that the exact sum changes; left: those of them that
+    are as they were afterwards, the change being below half a unit in the last place.
+
+    effect, error: Frobenius norms of the exact change, and of what rounding added to it.
+    """
+
+    changed: int = 0
+    left: int = 0
+    effect: float = 0.0
+    error: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """Error over effect."""
+        return self.error / self.effect if self.effect else 0.0
+
+    @property
+    def left_alone(self) -> float:
+        """The share of the changed entries that rounding left alone."""
+        return self.left / self.changed if self.changed else 0.0
+
+    @property
+    def drowns(self) -> bool:
+        """Whether most of the change is lost entry by entry."""
+        return self.left_alone > 0.5
+
+    def __add__(self, other: Rounding) -> Rounding:
+        return Rounding(
+            self.changed + other.changed,
+            self.left + other.left,
+            math.hypot(self.effect, other.effect),
+            math.hypot(self.error, other.error),
+        )
+
+
+def measured(exact: Tensor, rounded: Tensor, base: Tensor) -> Rounding:
+    """Of one block; exact and base are wide, and exact is overwritten."""
+    wide = rounded.to(exact.dtype)
+    error = wide - exact
+    effect = exact.sub_(base)
+    same = wide == base
+    changed = int(effect.count_nonzero())
+    left = int(same.sum()) if changed == effect.numel() else int((same & (effect != 0)).sum())
+    return Rounding(changed, left, float(torch.linalg.vector_norm(effect)), float(torch.linalg.vector_norm(error)))
+
+
+def rounded(
+    matrix: Matrix, dtype: torch.dtype, turned: bool, base: Matrix | None = None
+) -> tuple[Tensor, Rounding | None]:
+    """A matrix in a dtype, transposed where it is stored `turned`; and what rounding did to its change against base."""
+    rows, columns = matrix.shape
+    whole = torch.empty((columns, rows) if turned else (rows, columns), dtype=dtype, device=matrix.device)
+    if whole.is_meta:
+        return whole, None
+    found = Rounding()
+    for stretch in matrix.stretches(1 if turned else 0):
+        where = (slice(None), stretch) if turned else (stretch, slice(None))
+        exact, place = matrix.own(*where), whole[stretch]
+        place.copy_(exact.t() if turned else exact)
+        if base is not None:
+            found += measured(exact, place.t() if turned else place, base.block(*where))
+    return whole, None if base is None else found
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes with one thread in each of ours: blocks are too small to be shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,11 @@ from surgery.checkpoint.staging import resumed
 from surgery.checkpoint.tensors import Tell, digest, silent
 from surgery.checkpoint.work import work_through
 from surgery.compiler import merge, record_of
+from surgery.compiler.merge import named
 from surgery.graph.blank import blank, lent
 from surgery.graph.fold import fold
 from surgery.graph.module import Rewritten, rewritten
+from surgery.graph.rounding import Rounding, one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,24 +50,27 @@ def merged_shapes(directory: Path) -> nn.Module | None:
 
 def stream_merge(
     directory: Path, shapes: nn.Module, output: Path, *, force: bool, jobs: int = 1, tell: Tell = silent
-) -> None:
+) -> dict[str, Rounding]:
     """Merge what `surgery apply` wrote to a directory into a new one. shapes: of `merged_shapes`.
 
-    jobs: processes that share the work. The same bytes as `merge` and `save_merged` give. Errors: those of `load`; S430
-    to S435 as `staging.resumed` says.
+    jobs: processes that share the work. The same bytes as `merge` and `save_merged` give; what comes back is what
+    rounding did to every tensor that changes, as `merge` reports it. Errors: those of `load`; S430 to S435 as
+    `staging.resumed` says.
     """
     work = Merging(directory, shapes)
     fingerprint = {"program": ["merge", str(directory.resolve())], **work.source.fingerprint()}
     with (
         work.source,
         resumed(output, fingerprint, work.found.size, force) as (partial, journal),
-        Sink(partial, work.found.files, tell=tell) as sink,
+        Sink(partial, work.found.files, wanted=False, tell=tell) as sink,
+        one_thread(),
     ):
         work_through(work, sink, journal, jobs, functools.partial(Merging, directory))
         sink.finish()
         write_index(partial, work.found.weights)
         write_config(shapes, partial, work.found)
         copy_tokenizer(directory, partial)
+    return {name: Rounding(**sink.notes[name]) for name in sorted(sink.notes)}
 
 
 class Merging:
@@ -94,27 +100,29 @@ class Merging:
         """Carry out one unit."""
         todo = self._todo[unit]
         if isinstance(todo, str):
-            return sink.write({name: tensor for name, tensor in self._folded(todo).items() if name in self.found.held})
+            made, roundings = self._folded(todo)
+            sink.notes.update((name, asdict(one)) for name, one in roundings.items())
+            return sink.write({name: tensor for name, tensor in made.items() if name in self.found.held})
         for name in todo:
-            sink.copy(name, self.source, self._key(name))
-            self.manifest.check(name, sink.digests[name])
+            self.manifest.check(name, sink.copy(name, self.source, self._key(name)))
         return todo
 
-    def _folded(self, path: str) -> dict[str, Tensor]:
-        """The tensors of the plain module that a place becomes."""
+    def _folded(self, path: str) -> tuple[dict[str, Tensor], dict[str, Rounding]]:
+        """The tensors of the plain module that a place becomes, and what rounding did to them."""
         site = self.sites[path]
         held = [f"{path}.{name}" for store in (site.named_parameters(), site.named_buffers()) for name, _ in store]
         read = {name: self.source.read(self._key(name)) for name in held if name in self.manifest.tensors}
         for name, tensor in read.items():
             self.manifest.check(name, digest(tensor))
         with lent(self.model, read):
-            module = fold(site)
+            told: dict[str, Rounding] = {}
+            module = fold(site, told)
             tensors = {**module._parameters, **module._buffers}
             made = {f"{path}.{name}": tensor.detach() for name, tensor in tensors.items() if tensor is not None}
         for parameter in module._parameters.values():
             if parameter is not None:
                 parameter.data = blank(parameter)
-        return made
+        return made, named(path, told)
 
     def _key(self, name: str) -> str:
         return self.manifest.tensors[name].key or name

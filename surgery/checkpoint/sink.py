@@ -62,15 +62,16 @@ class Sink:
             self.digests[name] = hashlib.blake2b(data, digest_size=DIGEST).hexdigest()
         self._write(name, data, 0)
 
-    def copy(self, name: str, source: Source, key: str) -> None:
-        """Write a tensor of a source as it lies there, never all of it in memory."""
-        digest = hashlib.blake2b(digest_size=DIGEST)
+    def copy(self, name: str, source: Source, key: str) -> str:
+        """Write a tensor of a source as it lies there, never all of it in memory; gives its digest."""
+        hashed = hashlib.blake2b(digest_size=DIGEST)
         for at, data in source.stretches(key):
-            if self.wanted:
-                digest.update(data)
+            hashed.update(data)
             self._write(name, data, at)
+        digest = hashed.hexdigest()
         if self.wanted:
-            self.digests[name] = digest.hexdigest()
+            self.digests[name] = digest
+        return digest
 
     def sync(self) -> None:
         """Flush what was written to the disk."""

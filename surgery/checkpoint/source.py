@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
-STRETCH = 1 << 23  # bytes copied at a time
+STRETCH = 1 << 19  # bytes copied at a time: what a processor's cache holds between reading, hashing and writing
 
 
 class Source:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -21,13 +22,22 @@ from surgery.errors import GraphError
 from surgery.graph.affine import NotAffine
 from surgery.graph.edge import CHILD, Edge
 from surgery.graph.module import Rewritten, added_parameters, rewritten, standings
+from surgery.graph.rounding import Rounding
 from surgery.graph.stack import CHILD as STACKS
 from surgery.graph.stack import Stacks, fold_into
 
 Model = TypeVar("Model", bound=nn.Module)
+_LOG = logging.getLogger(__name__)
 
 
-def merge(model: Model, *, only: Sequence[str] = (), keep: bool = False, tell: Tell = lambda amount: None) -> Model:
+def merge(
+    model: Model,
+    *,
+    only: Sequence[str] = (),
+    keep: bool = False,
+    report: dict[str, Rounding] | None = None,
+    tell: Tell = lambda amount: None,
+) -> Model:
     """Fold what the program attached into the weights, in place; the same object comes back.
 
     Sums are taken in float32 (float64 for float64 models) and rounded once to the dtype that the weight had. 4-bit
@@ -35,6 +45,8 @@ def merge(model: Model, *, only: Sequence[str] = (), keep: bool = False, tell: T
     A tensor that was tied to another and changes is untied.
     only: names of the adapters to fold; the others stay attached, on or off as they are. keep: what is needed to take
     the merge out again, to the bit, with `surgery.unmerge(model)`: the rows of the weights that it changes.
+    report: gets what rounding did to the change of every tensor, by its name. Where most entries of a change are below
+    half a unit in the last place, and so are lost, a warning is logged.
     Errors: GraphError S310 for a name that the model does not have, S311 when the model was not transformed, S312 when
     something is switched off, or stays and depends on what would be merged.
     """
@@ -53,9 +65,12 @@ def merge(model: Model, *, only: Sequence[str] = (), keep: bool = False, tell: T
     base = trained(record.plan, model)
     slots = standings(model)
     folded: dict[str, tuple[Rewritten, nn.Module]] = {}
+    roundings: dict[str, Rounding] = {}
     for path, site in sites:
         try:
-            folded[path] = site, fold_some(path, site, wanted, record.plan, slots[id(site)])
+            told: dict[str, Rounding] = {}
+            folded[path] = site, fold_some(path, site, wanted, record.plan, slots[id(site)], told)
+            roundings |= named(path, told)
         except NotAffine:
             if site.branches() <= wanted:
                 site.settle()  # the place keeps its graph, and its statements stay in the model's plan
@@ -81,7 +96,28 @@ def merge(model: Model, *, only: Sequence[str] = (), keep: bool = False, tell: T
         del model.__dict__[ATTRIBUTE]
         model.__dict__.pop(RESTED, None)
     keep_changes(model, kept)
+    if lost := drowned(roundings):
+        _LOG.warning("%s", lost)
+    if report is not None:
+        report.update(roundings)
     return model
+
+
+def named(path: str, told: Mapping[str, Rounding]) -> dict[str, Rounding]:
+    """By the tensors' full names, without those that nothing changes."""
+    return {f"{path}.{name}".lstrip("."): one for name, one in told.items() if one.changed}
+
+
+def drowned(roundings: Mapping[str, Rounding]) -> str:
+    """What to say where rounding leaves most entries of some changes as they were; else nothing."""
+    found = sorted((one.left_alone, name) for name, one in roundings.items() if one.drowns)
+    if not found:
+        return ""
+    share, name = found[-1]
+    return (
+        f"in {len(found)} of {len(roundings)} merged tensors rounding leaves most entries as they were, and their "
+        f"change is lost ({share:.0%} of {name}): merge into a wider dtype, or keep the adapter apart"
+    )
 
 
 def _all_on(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from surgery.graph.draft import Draft
 from surgery.graph.fold import fold
 from surgery.graph.functions import add_branch, add_to_channels
 from surgery.graph.module import Rewritten
+from surgery.graph.rounding import Rounding
 from surgery.graph.site import Site
 
 ADDED = (add_branch, add_to_channels)
@@ -42,16 +43,22 @@ def refuse_dependent(path: str, site: Rewritten, wanted: frozenset[str]) -> None
 
 
 def fold_some(
-    path: str, site: Rewritten, wanted: frozenset[str], plan: Plan, slots: Sequence[tuple[nn.Module, str]]
+    path: str,
+    site: Rewritten,
+    wanted: frozenset[str],
+    plan: Plan,
+    slots: Sequence[tuple[nn.Module, str]],
+    told: dict[str, Rounding] | None = None,
 ) -> nn.Module:
     """The place with these adapters in its weight and the others on it, holding the tensors that they had.
 
-    It is the original module where no others are there. May raise NotAffine, which leaves the site as it was.
+    It is the original module where no others are there. told: as of `fold`. May raise NotAffine, which leaves the site
+    as it was.
     """
     state = site.state
     try:
         site.switch(site.branches() - wanted)
-        plain = fold(site)
+        plain = fold(site, told)
     finally:
         site.switch(state[0])
     if site.branches() <= wanted:

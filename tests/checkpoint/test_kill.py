@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ from tests.checkpoint.test_streaming import files
 
 PROGRAM = "prune magnitude 50% on ffn; lora rank 2 dora on attn"
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process that it forks")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A fork has none of the threads of OpenMP's pool, and would wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

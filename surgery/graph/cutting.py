@@ -99,8 +99,8 @@ def cut(model: nn.Module, cuts: Sequence[Cut], inputs: Any = None, *, check: boo
         found = _output(model, given)
     except Exception as error:
         raise _unequal(cuts, f"it cannot run ({error})") from error
-    # Rounding is some eps of the largest number; a wrong row is of its size.
-    if found.shape != wanted.shape or (found - wanted).abs().max() > wanted.abs().max() * _eps(wanted) ** 0.5:
+    # Rounding is some eps of the whole; a wrong row is of its size. (Single numbers of 16 bits may be off by more.)
+    if found.shape != wanted.shape or _size(found - wanted) > _size(wanted) * _eps(wanted) ** 0.5:
         raise _unequal(cuts, "it gives other numbers")
 
 
@@ -110,6 +110,10 @@ def _unequal(cuts: Sequence[Cut], what: str) -> GraphError:
         f"{cuts[0].group.places[0]} cannot be cut: {what} than the whole with those {cuts[0].group.kind} at zero",
         help="its forward goes by something else that depends on their number",
     )
+
+
+def _size(value: Tensor) -> float:
+    return float(torch.linalg.vector_norm(value, dtype=torch.float64))
 
 
 def _eps(value: Tensor) -> float:

@@ -63,6 +63,7 @@ class Operation:
     keeps_zeros: ClassVar[bool] = False  # merged into a pruned weight, it leaves the zeros
     one_of: ClassVar[tuple[str, ...]] = ()  # options of which one has to be said
     freezes: ClassVar[bool] = False  # its parts are taken out of what others train
+    attaches: ClassVar[bool] = True  # it leaves something that a name switches and a merge folds or keeps
     sign: ClassVar[str] = "~"  # in a plan: `+` adds, `-` takes away
 
     def __post_init__(self) -> None:
@@ -121,12 +122,14 @@ class Operation:
     @property
     def on_merge(self) -> str:
         """What a merge does with it, in a few words for the plan: `folds into the weight`."""
+        if not self.attaches:
+            return ""
         return "folds into the weight" if "merges" in self.promises() else "stays"
 
     @property
     def nameable(self) -> bool:
         """Whether `as NAME` means something: it attaches what a name switches."""
-        return True
+        return self.attaches
 
     def place_in_front(self, name: str | None) -> tuple[int, str]:
         """Of what comes in front of the tokens under this name: lower ones stand further off."""

@@ -27,6 +27,7 @@ class Freeze(Operation):
     leads: ClassVar[bool] = True
     granularity: ClassVar[Granularity] = "tensor"
     freezes: ClassVar[bool] = True
+    attaches: ClassVar[bool] = False
 
     def sees(self, anatomy: Anatomy, model: Any) -> Anatomy:
         from surgery.anatomy.tensors import tensors
@@ -35,14 +36,6 @@ class Freeze(Operation):
 
     def fits(self, part: Part) -> str | None:
         return whole_only(part)
-
-    @property
-    def nameable(self) -> bool:
-        return False
-
-    @property
-    def on_merge(self) -> str:
-        return ""
 
     def claims(self, name: str | None) -> tuple[str, ...]:
         return ()

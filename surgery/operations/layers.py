@@ -19,6 +19,7 @@ class OfLayers(Operation):
     phase: ClassVar[Phase] = "depth"
     acts_on: ClassVar[tuple[Kind, ...]] = ("block",)
     leads: ClassVar[bool] = True
+    attaches: ClassVar[bool] = False
 
     def narrowed(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
         """The layers among blocks. Error: PlanError S131 where there are none."""
@@ -33,11 +34,3 @@ class OfLayers(Operation):
 
     def claims(self, name: str | None) -> tuple[str, ...]:
         return ("layer",)
-
-    @property
-    def nameable(self) -> bool:
-        return False
-
-    @property
-    def on_merge(self) -> str:
-        return ""

@@ -35,6 +35,7 @@ class Moe(Operation):
     phase: ClassVar[Phase] = "route"
     acts_on: ClassVar[tuple[Kind, ...]] = ("block", "projection")
     sign: ClassVar[str] = "+"
+    attaches: ClassVar[bool] = False
 
     experts: Count = quantity("how many experts", unit="experts", at_least=1)
     top: Count = option("how many of them each token takes", default=2, at_least=1)
@@ -70,10 +71,6 @@ class Moe(Operation):
 
     def claims(self, name: str | None) -> tuple[str, ...]:
         return ("feed-forward block",)
-
-    @property
-    def nameable(self) -> bool:
-        return False
 
     @property
     def on_merge(self) -> str:

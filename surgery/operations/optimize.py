@@ -27,6 +27,7 @@ class Optimize(Operation):
 
     verb: ClassVar[str] = "optimize"
     phase: ClassVar[Phase] = "schedule"
+    attaches: ClassVar[bool] = False
 
     name: Word = kind("the method, with `8bit` if its state is kept in 8 bits", choices=NAMES)
     lr: Number = option("learning rate", above=0)
@@ -66,14 +67,6 @@ class Optimize(Operation):
             yield "momentum", "without momentum there is no state to keep in 8 bits", "write `sgd`"
         if self.paged and self.method == "sgd":
             yield "paged", f"{self.name} is paged nowhere", "take adamw, adam or lion, or leave `paged` out"
-
-    @property
-    def nameable(self) -> bool:
-        return False
-
-    @property
-    def on_merge(self) -> str:
-        return ""
 
     def claims(self, name: str | None) -> tuple[str, ...]:
         return ("optimizer",)

@@ -67,17 +67,10 @@ class Require(Operation):
 
     phase: ClassVar[Phase] = "require"
     sign: ClassVar[str] = "?"
+    attaches: ClassVar[bool] = False
 
     bound: Comparison
     base: float | None = field(default=None, compare=False, repr=False)  # what the base measures, once that is known
-
-    @property
-    def nameable(self) -> bool:
-        return False
-
-    @property
-    def on_merge(self) -> str:
-        return ""
 
     def claims(self, name: str | None) -> tuple[str, ...]:
         return ()

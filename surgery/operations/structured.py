@@ -58,6 +58,7 @@ class Structured(Operation):
     phase: ClassVar[Phase] = "shrink"
     acts_on: ClassVar[tuple[Kind, ...]] = ("projection", "experts")
     sign: ClassVar[str] = "-"
+    attaches: ClassVar[bool] = False
     unit: ClassVar[Literal["neurons", "heads"]]
     readers: ClassVar[tuple[str, ...]]
     place: ClassVar[str]  # what it takes whole, for errors
@@ -93,14 +94,6 @@ class Structured(Operation):
     @property
     def needs_text(self) -> bool:
         return self.using is not None and calibration.wants_text(self.using)
-
-    @property
-    def nameable(self) -> bool:
-        return False
-
-    @property
-    def on_merge(self) -> str:
-        return ""
 
     def promises(self) -> tuple[str, ...]:
         return ("shrunk_equals_masked",)

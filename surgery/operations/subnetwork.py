@@ -28,6 +28,7 @@ class Subnetwork(Operation):
     phase: ClassVar[Phase] = "mask"
     acts_on: ClassVar[tuple[Kind, ...]] = ("projection",)
     granularity: ClassVar[Granularity] = "tensor"
+    attaches: ClassVar[bool] = False
 
     def fits(self, part: Part) -> str | None:
         if part.tied:
@@ -44,10 +45,6 @@ class Subnetwork(Operation):
     @property
     def changes_base(self) -> bool:
         return True
-
-    @property
-    def nameable(self) -> bool:
-        return False
 
     def claims(self, name: str | None) -> tuple[str, ...]:
         return ("mask",)

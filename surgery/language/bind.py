@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from surgery.language.suggest import did_you_mean, listed, nearest
 from surgery.language.syntax import MOST_FAULTS
 from surgery.language.tree import Act, Clause, Every, Group, Joined, LayerRange, Literal, Selection, Word
 from surgery.language.values import Limits, convert, moved, wanted
+from surgery.language.verbs import recognise
 from surgery.language.wording import described, expected, short, usage, worded
 from surgery.operations import Vocabulary
 from surgery.operations.base import Operation
@@ -37,58 +38,8 @@ class Context:
 
 def bind(act: Act, context: Context) -> Statement:
     """The statement that was written. Raises ProgramError with everything that is wrong with it."""
-    act = _with_second_word(act, context.vocabulary)
-    try:
-        operation = context.vocabulary.lookup(act.verb.text)
-    except ProgramError as error:
-        raise ProgramError(*(replace(fault, span=act.verb.span) for fault in error.diagnostics)) from error
-    longer = context.vocabulary.longer(act.verb.text)
-    if operation is None and longer:
-        what = [verb.partition(" ")[2] for verb in longer]
-        raise ProgramError.of(
-            "S015",
-            f"{act.verb.text} needs what",
-            act.verb.span,
-            f"expected {listed(what)}",
-            f"verbs are {listed(longer, 'and')}",
-        )
-    if operation is None:
-        raise _unknown_verb(act.verb, context.vocabulary.verbs())
+    act, operation = recognise(act, context.vocabulary)
     return _Binder(act, operation, context).statement()
-
-
-def _with_second_word(act: Act, vocabulary: Vocabulary) -> Act:
-    """The statement with a verb of two words where its first item is the second one."""
-    first = act.items[0] if act.items else None
-    longer = vocabulary.longer(act.verb.text) if isinstance(first, Word) else []
-    if not longer or not isinstance(first, Word):
-        return act
-    seconds = [verb.partition(" ")[2] for verb in longer]
-    if first.text in seconds:
-        span = Span(act.verb.span.source, act.verb.span.start, first.span.stop)
-        return replace(act, verb=Word(f"{act.verb.text} {first.text}", span), items=act.items[1:])
-    operation = vocabulary.lookup(act.verb.text)
-    options = schema(operation) if operation is not None else ()
-    own = [option.word for option in options] + [str(word) for option in options for word in option.choices]
-    if first.text not in own and (operation is None or nearest(first.text, [*own, *seconds]) in seconds):
-        said = f"{act.verb.text} takes no '{first.text}'"
-        raise ProgramError.of(
-            "S011", said, first.span, did_you_mean(first.text, seconds), f"verbs are {listed(longer, 'and')}"
-        )
-    return act
-
-
-def _unknown_verb(verb: Word, verbs: Mapping[str, str]) -> ProgramError:
-    known = dict.fromkeys(name.partition(" ")[0] for name in verbs)
-    return ProgramError(
-        Diagnostic(
-            "S010",
-            f"unknown verb '{verb.text}'",
-            verb.span,
-            did_you_mean(verb.text, known),
-            f"verbs are {listed(sorted(known), 'and')}",
-        )
-    )
 
 
 class _Binder:

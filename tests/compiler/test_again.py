@@ -14,7 +14,7 @@ import surgery
 from surgery.compiler.record import record_of
 from surgery.errors import PlanError
 from tests import zoo
-from tests.properties.laws import bits, randomise, same
+from tests.properties.case import bits, randomise, same
 from tests.reference_decoder import ReferenceDecoder, Shape, reference_decoder
 
 SHAPE = Shape(layers=2)

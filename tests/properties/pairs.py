@@ -27,9 +27,9 @@ from surgery.operations.instruct import Instruct
 from surgery.operations.shots import Shots
 from surgery.operations.train import Train
 from tests import strategies, zoo
-from tests.properties import laws
-from tests.properties.laws import Case, bits, randomise, same
-from tests.properties.requiring import HELD_OUT
+from tests.properties.case import Case, bits, randomise, same, sites
+from tests.properties.laws import adapting, keeping, planning
+from tests.properties.laws.requiring import HELD_OUT
 from tests.strategies import Model
 
 Drawn = st.SearchStrategy[Statement]
@@ -108,14 +108,14 @@ def everything_promised_holds(case: Case) -> None:
         return
     operations = [statement.operation for statement in case.program.statements]
     attached = [each for each in operations if each.phase == "attach" or getattr(each, "add", False)]
-    attached = attached if any(module.branches() for module in laws.sites(case.apply())) else []
+    attached = attached if any(module.branches() for module in sites(case.apply())) else []
     promised = [set(each.promises()) for each in attached]
-    laws.order_means_nothing(case)
-    laws.saved_is_loaded(case)
+    planning.order_means_nothing(case)
+    keeping.saved_is_loaded(case)
     two_programs_are_one(case)
     trained = bool(surgery.parameters(case.apply()))
     if trained:
-        laws.nothing_else_moves(case)
+        keeping.nothing_else_moves(case)
     if trained and attached and all("off_means_off" in each for each in promised):
         _off_means_off(case)
     if attached and all("identity_at_init" in each for each in promised):
@@ -127,7 +127,7 @@ def everything_promised_holds(case: Case) -> None:
         and attached
         and all("merges" in each.promises() for each in operations if each.phase != "schedule")
     ):
-        laws.merging_changes_nothing(case)
+        adapting.merging_changes_nothing(case)
 
 
 def two_programs_are_one(case: Case) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.properties.bugs import BUGS, Bug
+from tests.properties.bugs import BUGS
+from tests.properties.bugs.bug import Bug
 from tests.properties.laws import BY_NAME
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.properties.laws import LAWS, Law
+from tests.properties.case import Law
+from tests.properties.laws import LAWS
 
 # A case that builds, exports and transforms a model costs a hundred times what one of the language does.
 _SHARE = {0: 1.0, 1: 0.12, 2: 0.06, 3: 0.04}

@@ -18,7 +18,7 @@ from surgery.language.pairs import statements as forms
 from surgery.language.program import Program
 from surgery.operations import TABLE, lookup
 from tests import strategies, zoo
-from tests.properties.laws import Case, bits, same
+from tests.properties.case import Case, bits, same
 from tests.properties.pairs import STATEMENTS, everything_promised_holds, programs
 
 DEEP = pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "deep", reason="an hour: HYPOTHESIS_PROFILE=deep")

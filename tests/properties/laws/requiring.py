@@ -18,12 +18,14 @@ from surgery.language import parse
 from surgery.language.program import Program
 from surgery.operations.options import Comparison
 from surgery.operations.require import Require
+from tests.properties.case import Law
+from tests.properties.drawn import cases
 
 if TYPE_CHECKING:
-    from tests.properties.laws import Case
+    from tests.properties.case import Case
     from tests.strategies import Model
 
-HELD_OUT = Path(__file__).parent / "held-out.jsonl"
+HELD_OUT = Path(__file__).parents[1] / "held-out.jsonl"
 REQUIRED = (
     "require trainable {} 1",
     "require trainable {} 1%",
@@ -59,7 +61,7 @@ def requirements(model: Model) -> st.SearchStrategy[Program]:
 
 def handed_over_where_it_is_so(case: Case) -> None:
     """Just below what is counted, at it, and just above it."""
-    from tests.properties.laws import bits, same
+    from tests.properties.case import bits, same
 
     (said,) = (each for each in case.program.statements if isinstance(each.operation, Require))
     rest = tuple(each for each in case.program.statements if each is not said)
@@ -114,3 +116,14 @@ def counted(verb: str, model: Any, case: Case, unit: str) -> float:
         logits = case.run(model, ids[None])[0].double()
         losses += [float(F.cross_entropy(logits[place - 1], ids[place])) for place in range(1, len(ids))]
     return math.exp(sum(losses) / len(losses))
+
+
+LAWS: tuple[Law, ...] = (
+    Law(
+        "required",
+        "a result is handed over where it is as required, by an independent count",
+        handed_over_where_it_is_so,
+        cases(requirements, ("float64", "float32")),
+        3,
+    ),
+)

@@ -13,10 +13,12 @@ import surgery
 from surgery.graph.experts import MixtureOfExperts, mixtures
 from surgery.language import parse
 from tests import zoo
+from tests.properties.case import Law
+from tests.properties.drawn import cases
 
 if TYPE_CHECKING:
     from surgery.language.program import Program
-    from tests.properties.laws import Case
+    from tests.properties.case import Case
     from tests.strategies import Model
 
 
@@ -100,3 +102,19 @@ def _losses(module: MixtureOfExperts, x: Tensor) -> Tensor:
     p = (logits.exp() / logits.exp().sum(1, keepdim=True)).mean(0)
     z = logits.exp().sum(1).log().square().mean()
     return module.routing.balance * count * (f * p).sum() + module.routing.z * z
+
+
+LAWS: tuple[Law, ...] = (
+    Law(
+        "layers",
+        "layers are those asked for, silent ones change nothing",
+        layers_are_those_asked_for,
+        cases(depths),
+    ),
+    Law(
+        "experts",
+        "mixtures are their formula, and unchanged at first",
+        mixtures_mean_their_formula,
+        cases(upcyclings),
+    ),
+)

@@ -18,9 +18,12 @@ from surgery.graph.site import seed_of
 from surgery.operations.lottery import Lottery
 from surgery.operations.prune import Prune
 from surgery.operations.sparse import Sparse
+from tests import strategies
+from tests.properties.case import Law
+from tests.properties.drawn import FLOATS, cases, masked
 
 if TYPE_CHECKING:
-    from tests.properties.laws import Case
+    from tests.properties.case import Case
 
 STEPS = 12
 OPTIMIZERS: tuple[Callable[[Any], torch.optim.Optimizer], ...] = (
@@ -237,3 +240,28 @@ def tickets_as_in_the_paper(case: Case) -> None:
     zeros, total = sum(int((~mask).sum()) for mask in kept.values()), sum(mask.numel() for mask in kept.values())
     assert abs(zeros - lottery.amount * total) <= len(kept)
     assert surgery.verify(model, example_inputs=(case.model.tokens,))
+
+
+LAWS: tuple[Law, ...] = (
+    Law(
+        "sparse training",
+        "swaps, cuts and steps are those of the papers, to the bit",
+        trained_as_in_the_papers,
+        cases(masked(strategies.sparses, strategies.gradual), ("float64", "float32")),
+        3,
+    ),
+    Law(
+        "resumed",
+        "a schedule that is interrupted goes on with the same bits",
+        interrupted_training_goes_on,
+        cases(masked(lambda: strategies.sparses(("set", "rigl")), strategies.gradual), FLOATS),
+        3,
+    ),
+    Law(
+        "tickets",
+        "lottery tickets are those of the paper",
+        tickets_as_in_the_paper,
+        cases(masked(strategies.lotteries)),
+        3,
+    ),
+)

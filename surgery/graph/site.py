@@ -36,7 +36,12 @@ def seed_of(*words: object) -> int:
 def tensor_name(name: str, part: Part, owner: str | None) -> str:
     """The name that a tensor of a statement has in its module: whose it is, what, and of which channels."""
     channels = "_" + re.sub(r"\W+", "_", part.name) if part.channels else ""
-    return f"{owner}_{name}{channels}" if owner else f"{name}{channels}"
+    return owned(f"{name}{channels}", owner)
+
+
+def owned(name: str, owner: str | None) -> str:
+    """What a statement's own is called: with the name of `as NAME` in front, where it has one."""
+    return f"{owner}_{name}" if owner else name
 
 
 class Site:

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     from surgery.anatomy import entries
     from surgery.anatomy.parts import Anatomy, Kind, Part
-    from surgery.graph import attention_text, entry, insertion_entrance, soft_entry
+    from surgery.graph import attention_text, entry, insertion_entrance, site, soft_entry
     from surgery.graph.soft_entry import EntrySite
 else:
     entries, entry = lazy("surgery.anatomy.entries"), lazy("surgery.graph.entry")
     attention_text, soft_entry = lazy("surgery.graph.attention_text"), lazy("surgery.graph.soft_entry")
-    insertion_entrance = lazy("surgery.graph.insertion_entrance")
+    insertion_entrance, site = lazy("surgery.graph.insertion_entrance"), lazy("surgery.graph.site")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Front(Operation):
         return self.order - 10 * self.stored
 
     def place_in_front(self, name: str | None) -> tuple[int, str]:
-        return self.rank, f"{name}_{self.verb}" if name else self.verb  # as `soft.order` reads them
+        return self.rank, site.owned(self.verb, name)  # as `soft.order` reads them
 
     @property
     def shared_by_rows(self) -> str | None:

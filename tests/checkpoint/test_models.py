@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -89,16 +88,15 @@ def test_directory_gives_the_same_model_with_and_without_weights(family: str, tm
     assert torch.equal(zoo.logits(full, zoo.inputs(full)), zoo.logits(library, zoo.inputs(full)))
 
 
-def test_depth_costs_little_without_weights(tmp_path: Path) -> None:
-    """A 160-layer config becomes a module in well under a second."""
+def test_a_deep_model_takes_no_memory(tmp_path: Path) -> None:
+    """What would be some 200 GB becomes a module at once."""
     config = LlamaConfig(num_hidden_layers=160, hidden_size=8192, num_attention_heads=64, num_key_value_heads=8)
     config.architectures = ["LlamaForCausalLM"]
     config.to_json_file(tmp_path / "config.json")
-    models.load_meta(str(tmp_path))
-    start = time.process_time()
     loaded = models.load_meta(str(tmp_path))
-    assert time.process_time() - start < 1.5
     assert len(loaded.model.model.layers) == 160  # type: ignore[union-attr,arg-type]
+    assert all(parameter.is_meta for parameter in loaded.model.parameters())
+    assert sum(parameter.nbytes for parameter in loaded.model.parameters()) > 200e9
 
 
 def test_sharded_directory(tmp_path: Path) -> None:

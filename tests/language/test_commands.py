@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,17 +41,6 @@ def test_check_needs_no_torch() -> None:
     for arguments in (["check", *map(str, SPECS)], ["fmt", "--check", *map(str, SPECS)], ["explain", "lora"]):
         done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_check_takes_under_three_tenths_of_a_second(program: Path) -> None:
-    """Processor time of the whole command, the best of five: other work on the machine is not ours to answer for."""
-    taken = []
-    for _ in range(5):
-        before = os.times()
-        subprocess.run([sys.executable, "-m", "surgery.cli", "check", str(program)], check=True, capture_output=True)
-        after = os.times()
-        taken.append(after.children_user - before.children_user + after.children_system - before.children_system)
-    assert min(taken) < 0.3
 
 
 def test_check_says_so_when_all_is_well(capsys: pytest.CaptureFixture[str], program: Path) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
+from surgery.checkpoint.base import find, headers
 from surgery.checkpoint.header import WIDTHS, TensorInfo, check_checkpoint, read_header
-from surgery.checkpoint.manifest import ADDED
-from surgery.checkpoint.tensors import DTYPES, Tell, silent
+from surgery.checkpoint.manifest import ADDED, NAME, WITH_BASE, Manifest
+from surgery.checkpoint.tensors import DIGEST, DTYPES, Tell, silent
+from surgery.checkpoint.tensors import bytes_of as bytes_in
 
 STRETCH = 2**22  # elements read at a time
 
@@ -46,46 +50,72 @@ class Difference:
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
-def tensors_of(directory: Path) -> dict[str, tuple[Path, TensorInfo]]:
-    """File and place of every tensor of a directory's weights, and of those that a program added.
+class Stored(NamedTuple):
+    """Where a tensor lies. check: of one that lies with a base, takes its digest and refuses another than it had."""
 
-    Errors: those of `check_checkpoint`.
+    path: Path
+    info: TensorInfo
+    check: Callable[[str], object] | None = None
+
+
+def tensors_of(directory: Path, base: str | Path | None = None) -> dict[str, Stored]:
+    """Every tensor of a directory's weights, of a base that it refers to, and those that a program added.
+
+    base: where that lies by now. Errors: those of `check_checkpoint`, `base.find` and `base.headers`.
     """
-    headers = list(check_checkpoint(directory))
+    manifest = Manifest.read(directory) if (directory / NAME).exists() else None
+    if manifest is not None and manifest.base is not None:
+        names = {entry.key or name: name for name, entry in manifest.tensors.items() if entry.file == WITH_BASE}
+        return {
+            info.name: Stored(
+                header.path, info, partial(manifest.check, names[info.name]) if file == WITH_BASE else None
+            )
+            for file, header in headers(directory, manifest, find(directory, manifest, base))
+            for info in header.tensors
+        }
+    found = list(check_checkpoint(directory))
     if (directory / ADDED).exists():
-        headers.append(read_header(directory / ADDED))
-    return {info.name: (header.path, info) for header in headers for info in header.tensors}
+        found.append(read_header(directory / ADDED))
+    return {info.name: Stored(header.path, info) for header in found for info in header.tensors}
 
 
-def compare(before: Path, after: Path, tell: Tell = silent) -> Iterator[Difference]:
-    """Every tensor of either directory, by name. tell: is told the bytes of `before` and `after` as they are read."""
-    old, new = tensors_of(before), tensors_of(after)
+def compare(before: Path, after: Path, tell: Tell = silent, *, base: str | Path | None = None) -> Iterator[Difference]:
+    """Every tensor of either directory, by name. tell: is told the bytes of `before` and `after` as they are read.
+
+    base: where the base lies by now that one of them refers to.
+    """
+    old, new = tensors_of(before, base), tensors_of(after, base)
     for name in sorted({*old, *new}):
         yield _difference(name, old.get(name), new.get(name), tell)
 
 
-def bytes_of(directory: Path) -> int:
+def bytes_of(directory: Path, base: str | Path | None = None) -> int:
     """How many bytes `compare` reads there, for a progress bar."""
-    return sum(info.stop - info.start for _, info in tensors_of(directory).values())
+    return sum(one.info.stop - one.info.start for one in tensors_of(directory, base).values())
 
 
-def _difference(
-    name: str, old: tuple[Path, TensorInfo] | None, new: tuple[Path, TensorInfo] | None, tell: Tell
-) -> Difference:
-    before, after = (None if side is None else describe(side[1]) for side in (old, new))
-    if old is None or new is None or old[1].shape != new[1].shape:
-        tell(sum(side[1].stop - side[1].start for side in (old, new) if side is not None))
+def _difference(name: str, old: Stored | None, new: Stored | None, tell: Tell) -> Difference:
+    before, after = (None if side is None else describe(side.info) for side in (old, new))
+    if old is None or new is None or old.info.shape != new.info.shape:
+        tell(sum(side.info.stop - side.info.start for side in (old, new) if side is not None))
         return Difference(name, before, after)
-    count = math.prod(old[1].shape)
+    count = math.prod(old.info.shape)
+    hashes = [hashlib.blake2b(digest_size=DIGEST) for _ in (old, new)]
     sums: dict[str, float] = dict.fromkeys(("changed", "norm", "error", "largest", "zero_before", "zero_after"), 0.0)
     numbers = True
-    with old[0].open("rb") as one, new[0].open("rb") as other:
+    with old.path.open("rb") as one, new.path.open("rb") as other:
         for start in range(0, count, STRETCH):
             length = min(STRETCH, count - start)
-            a, b = _read(one, old[1], start, length), _read(other, new[1], start, length)
+            a, b = _read(one, old.info, start, length), _read(other, new.info, start, length)
+            for side, hashed, read in zip((old, new), hashes, (a, b), strict=True):
+                if side.check is not None:
+                    hashed.update(bytes_in(read))
             tell(a.numel() * a.element_size() + b.numel() * b.element_size())
             numbers = numbers and a.dtype.is_floating_point and b.dtype.is_floating_point
-            _add(sums, a, b, same_bits=old[1].dtype == new[1].dtype)
+            _add(sums, a, b, same_bits=old.info.dtype == new.info.dtype)
+    for side, hashed in zip((old, new), hashes, strict=True):
+        if side.check is not None:
+            side.check(hashed.hexdigest())
     count = max(count, 1)
     if not numbers:
         return Difference(name, before, after, sums["changed"] / count)

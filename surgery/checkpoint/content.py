@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from surgery.checkpoint import fourbit
 from surgery.checkpoint.fourbit import Packing
 from surgery.checkpoint.inventory import Held, inventory
 from surgery.checkpoint.layout import FileLayout, Slot, layout, shard_size, shards
-from surgery.checkpoint.manifest import ADDED, Entry
+from surgery.checkpoint.manifest import ADDED, WITH_BASE, Entry
 from surgery.checkpoint.tensors import slot_of
 
 if TYPE_CHECKING:
@@ -24,12 +24,14 @@ class Content:
     """held: the model's tensors by their first name. packed: what differs for 4-bit weights.
 
     weights: the files that `from_pretrained` reads. added: what the program added; None of a plain model.
+    elsewhere: tensors that stay where the base lies, with their names there; then there are no `weights`.
     """
 
     held: Mapping[str, Held]
     packed: Packing
     weights: tuple[FileLayout, ...]
     added: FileLayout | None
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[FileLayout, ...]:
@@ -69,24 +71,33 @@ class Content:
         """The manifest's account of the model's tensors. digests: by their names in the files."""
         home = {slot.name: file.name for file in self.files for slot in file.slots}
         return {
-            name: Entry(home[self.key(name)], digests[self.key(name)], self.packed.keys.get(name)) for name in self.held
+            name: Entry(WITH_BASE, digests[name], None if self.elsewhere[name] == name else self.elsewhere[name])
+            if name in self.elsewhere
+            else Entry(home[self.key(name)], digests[self.key(name)], self.packed.keys.get(name))
+            for name in self.held
         }
 
 
-def content(model: nn.Module, source: Path | None) -> Content:
+def content(model: nn.Module, source: Path | None, elsewhere: Mapping[str, str] | None = None) -> Content:
     """What `save` will write of a transformed model, or of one that is hollow. source: whose shards are a measure.
 
+    elsewhere: the base's tensors with their names where they lie, where none of them is written.
     Errors: S420 for dtypes that safetensors lacks.
     """
     held, packed = inventory(model), fourbit.layout(model)
     base: list[Slot] = []
     added: list[Slot] = []
     for name, one in held.items():
+        if elsewhere and name in elsewhere:
+            continue
         ours = (one.added or not one.persistent) and name not in packed.keys
         key = packed.keys.get(name, name)
         (added if ours else base).append(slot_of(key, one.tensor, name.rpartition(".")[0]))
     base += [slot_of(key, tensor, _owner(key)) for key, tensor in packed.maps.items()]
     base += [Slot(key, "U8", (state.longest,), _owner(key), late=True) for key, state in packed.states.items()]
+    if elsewhere:
+        assert not base, "a result refers to all of its base or to nothing"
+        return Content(held, packed, (), layout(ADDED, added), elsewhere)
     return Content(held, packed, shards(base, shard_size(source)), layout(ADDED, added))
 
 

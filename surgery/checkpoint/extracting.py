@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.checkpoint import huggingface
+from surgery.checkpoint.base import may_refer
 from surgery.checkpoint.header import check_checkpoint
 from surgery.checkpoint.inventory import inventory
 from surgery.checkpoint.source import Source
@@ -49,16 +50,19 @@ def stream_extract(
     *,
     origin: str,
     force: bool,
+    standalone: bool = False,
     jobs: int = 1,
     tell: Tell = silent,
 ) -> Extraction:
     """As `surgery.extract` and `surgery.save`, where `whole_of_either` has no reason. plan: of `extract.statement`.
 
-    jobs: processes that share the work. Errors: those of both; S434 and S435 as `staging.resumed` says.
+    standalone: as of `save`. jobs: processes that share the work. Errors: those of both; S434 and S435 as
+    `staging.resumed` says.
     """
-    work = Extracting(plan, base, tuned)
+    refers = not standalone and may_refer(plan, base, output)
+    work = Extracting(plan, base, tuned, refers)
     with work.tuned:
-        make = partial(Extracting, plan, base, tuned)
+        make = partial(Extracting, plan, base, tuned, refers)
         sink = write(work, make, output, origin=origin, force=force, jobs=jobs, tell=tell)
     said = [each for notes in sink.notes.values() for each in notes.get("places", ())]
     found = {key: Extracted(**{**values, "size": tuple(values["size"])}) for key, values in said}
@@ -72,8 +76,8 @@ def stream_extract(
 class Extracting(Applying):
     """As `Applying`, with what every new adapter holds taken from the difference to another directory."""
 
-    def __init__(self, plan: Plan, directory: Path, tuned: Path) -> None:
-        super().__init__(plan, directory)
+    def __init__(self, plan: Plan, directory: Path, tuned: Path, refers: bool = False) -> None:
+        super().__init__(plan, directory, refers=refers)
         other = huggingface.skeleton(tuned, meta=True)
         self.covered = parts_of(plan)
         self.tuned = Source(check_checkpoint(tuned))

@@ -12,21 +12,29 @@ from typing import Any
 import torch
 
 from surgery.anatomy.parts import Part
-from surgery.checkpoint.compare import tensors_of
-from surgery.checkpoint.header import WIDTHS, TensorInfo
-from surgery.checkpoint.manifest import NAME, Manifest
+from surgery.checkpoint.base import digest_of, find, headers
+from surgery.checkpoint.compare import Stored, tensors_of
+from surgery.checkpoint.header import WIDTHS, TensorInfo, read_header
+from surgery.checkpoint.manifest import ADDED, NAME, WITH_BASE, Manifest
 from surgery.compiler.zeros import Cell
+from surgery.errors import CheckpointError
 from surgery.graph.site import tensor_name
 
 MASK = "_mask"
 
 
-def inspect(directory: Path) -> dict[str, Any]:
+def inspect(directory: Path, base: str | Path | None = None) -> dict[str, Any]:
     """model, files (name, bytes, tensors, elements by dtype); of an output also version, program, steps, promises.
 
+    Where it refers to a base, also that: path, tensors, digest, and whether it is there. base: where, by now.
     Errors: CheckpointError S410 to S414 for the files, S440 and S441 for the manifest.
     """
-    tensors = tensors_of(directory)
+    manifest = Manifest.read(directory) if (directory / NAME).exists() else None
+    if manifest is None or manifest.base is None:
+        tensors = tensors_of(directory)
+    else:
+        added = read_header(directory / ADDED)
+        tensors = {info.name: Stored(added.path, info) for info in added.tensors}
     config = _config(directory)
     found: dict[str, Any] = {
         "model": ", ".join(config.get("architectures") or ())
@@ -37,8 +45,7 @@ def inspect(directory: Path) -> dict[str, Any]:
     if isinstance(quantization := config.get("quantization_config"), Mapping):
         words = ("quant_method", "bnb_4bit_quant_type")
         found["quantization"] = " ".join(str(quantization[word]) for word in words if quantization.get(word))
-    if (directory / NAME).exists():
-        manifest = Manifest.read(directory)
+    if manifest is not None:
         found.update(
             model=manifest.model_class.rpartition(":")[2],
             version=manifest.version,
@@ -47,12 +54,26 @@ def inspect(directory: Path) -> dict[str, Any]:
             steps=[_step(step, tensors) for step in manifest.plan["steps"]],
             promises=_promises(manifest.promises),
         )
+        if manifest.base is not None:
+            found["base"] = _base(directory, manifest, base)
     return found
 
 
-def _files(tensors: Mapping[str, tuple[Path, TensorInfo]]) -> list[dict[str, Any]]:
+def _base(directory: Path, manifest: Manifest, given: str | Path | None) -> dict[str, Any]:
+    """What is referred to. missing: why it cannot be read, where it cannot."""
+    count = sum(entry.file == WITH_BASE for entry in manifest.tensors.values())
+    told: dict[str, Any] = {**vars(manifest.base), "tensors": count, "digest": digest_of(manifest)}
+    try:
+        place = find(directory, manifest, given)
+        headers(directory, manifest, place)
+    except CheckpointError as error:
+        return {**told, "missing": error.diagnostics[0].message}
+    return {**told, "path": str(place)}
+
+
+def _files(tensors: Mapping[str, Stored]) -> list[dict[str, Any]]:
     files: dict[Path, list[TensorInfo]] = {}
-    for path, info in tensors.values():
+    for path, info, _ in tensors.values():
         files.setdefault(path, []).append(info)
     return [
         {
@@ -69,7 +90,7 @@ def _count(info: TensorInfo) -> int:
     return (info.stop - info.start) * 8 // WIDTHS[info.dtype]
 
 
-def _step(step: Mapping[str, Any], tensors: Mapping[str, tuple[Path, TensorInfo]]) -> dict[str, Any]:
+def _step(step: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[str, Any]:
     """A statement, how many places it acts on, what it added, and where it masks, the share of zeros it makes."""
     told = {
         "statement": step["statement"],
@@ -82,7 +103,7 @@ def _step(step: Mapping[str, Any], tensors: Mapping[str, tuple[Path, TensorInfo]
         for part in map(Part.from_json, step["parts"]):
             held = tensors.get(f"{part.path}.{tensor_name(f'{part.parameter}{MASK}', part, None)}")
             if held is not None:
-                cell = Cell.of(part, part.shape[0] * part.shape[1] - _ones(*held))
+                cell = Cell.of(part, part.shape[0] * part.shape[1] - _ones(held.path, held.info))
                 zeros, weights = zeros + (cell.zeros or 0), weights + cell.size
                 cells.append(asdict(cell))
     if weights:

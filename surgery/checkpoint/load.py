@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from surgery.checkpoint import huggingface
 from surgery.checkpoint import tensors as files
-from surgery.checkpoint.header import Header, read_header
+from surgery.checkpoint.base import FOUND, find, headers, same_names
+from surgery.checkpoint.header import Header
 from surgery.checkpoint.inventory import Held, inventory, put
 from surgery.checkpoint.manifest import NAME, Manifest
 from surgery.checkpoint.models import LoadedModel
@@ -22,33 +23,54 @@ if TYPE_CHECKING:
     from surgery.compiler import Plan
 
 
-def load(path: str | Path, model: nn.Module | None = None, *, tell: files.Tell = files.silent) -> nn.Module:
+def load(
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    base: str | Path | None = None,
+    tell: files.Tell = files.silent,
+) -> nn.Module:
     """The model that `surgery.save` wrote to a directory: on the CPU, in eval mode, ready to train on.
 
     model: the untransformed base, rewritten and filled in place; needed where the directory does not say how to build
-        it (a plain torch module that came from no MODEL).
+        it (a plain torch module that came from no MODEL). Where it refers to a base that is not there, this is it.
+    base: the directory of the base that it refers to, where that lies elsewhere by now.
     tell: called with the number of bytes read since its last call.
-    Errors: S410 to S413 the tensor files, S440 to S446 the manifest or what it says.
+    Errors: S410 to S413 the tensor files, S440 to S446 the manifest or what it says, S447 and S448 the base.
     """
-    return read(Path(path), model, tell).model
+    return read(Path(path), model, base=base, tell=tell).model
 
 
-def read(directory: Path, model: nn.Module | None = None, tell: files.Tell = files.silent) -> LoadedModel:
+def read(
+    directory: Path,
+    model: nn.Module | None = None,
+    *,
+    base: str | Path | None = None,
+    tell: files.Tell = files.silent,
+) -> LoadedModel:
     """As `load`, with the example inputs and the origin of the base."""
     from surgery.training.masks import close
 
     if not directory.is_dir():
         raise CheckpointError.of("S401", f"no directory `{directory}`")
     manifest = Manifest.read(directory)
-    headers = _headers(directory, manifest)
+    try:
+        place = find(directory, manifest, base)
+    except CheckpointError:
+        if base is not None or model is None:
+            raise
+        place = None
+    held = headers(directory, manifest, place)
     if model is None:
-        loaded = base(directory, manifest)
+        loaded = skeleton(directory, manifest)
     elif "_surgery" in model.__dict__:
         raise CheckpointError.of("S446", "`model=` is transformed already; give the untransformed base")
     else:
         loaded = LoadedModel(model, manifest.origin or "", directory=directory)
     plan = replay(loaded.model, manifest, shaped=model is None and manifest.shape == "config")
-    _fill(inventory(loaded.model), manifest, headers, tell)
+    _fill(inventory(loaded.model), manifest, held, tell)
+    if place is not None:
+        loaded.model.__dict__[FOUND] = place
     close(loaded.model)
     remember(loaded.model, plan, manifest.untrained)
     _switch_off(loaded.model, manifest.inactive)
@@ -56,39 +78,20 @@ def read(directory: Path, model: nn.Module | None = None, tell: files.Tell = fil
     return loaded
 
 
-def load_either(spec: str, meta: bool = False) -> LoadedModel:
-    """The model that a MODEL means, or what `surgery.save` wrote to a directory. meta: shapes only."""
+def load_either(spec: str, meta: bool = False, base: str | Path | None = None) -> LoadedModel:
+    """The model that a MODEL means, or what `surgery.save` wrote to a directory. meta: shapes only. base: of `load`."""
     directory = Path(spec).expanduser()
     if not (directory / NAME).exists():
         return load_base_meta(spec) if meta else load_base(spec)
     if not meta:
-        return read(directory)
+        return read(directory, base=base)
     manifest = Manifest.read(directory)
-    loaded = base(directory, manifest, meta=True)
+    loaded = skeleton(directory, manifest, meta=True)
     remember(loaded.model, replay(loaded.model, manifest, shaped=manifest.shape == "config"))
     return loaded
 
 
-def _headers(directory: Path, manifest: Manifest) -> list[Header]:
-    """Of every file that the manifest names, holding just the tensors it names."""
-    headers = []
-    for file in sorted({entry.file for entry in manifest.tensors.values()}):
-        header = read_header(directory / file)
-        wanted = {entry.key or name for name, entry in manifest.tensors.items() if entry.file == file}
-        held = {tensor.name for tensor in header.tensors} - set(manifest.extras)
-        _same_names(wanted, held, f"`{header.path}`")
-        headers.append(header)
-    return headers
-
-
-def _same_names(wanted: set[str], held: set[str], where: str) -> None:
-    for names, what in ((wanted - held, "lacks"), (held - wanted, "has unexpected")):
-        if names:
-            some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            raise CheckpointError.of("S442", f"{where} {what} {len(names)} of the manifest's tensors: {some}")
-
-
-def base(directory: Path, manifest: Manifest, meta: bool = False) -> LoadedModel:
+def skeleton(directory: Path, manifest: Manifest, meta: bool = False) -> LoadedModel:
     """The base without weights: transformers' own classes from config.json, others from their MODEL."""
     module, _, name = manifest.model_class.partition(":")
     if module.split(".")[0] == "transformers":
@@ -148,18 +151,20 @@ def remember(model: nn.Module, plan: Plan, untrained: tuple[str, ...] = ()) -> N
     model.__dict__[ATTRIBUTE] = remembered(plan, model, untrained)
 
 
-def _fill(held: dict[str, Held], manifest: Manifest, headers: list[Header], tell: files.Tell) -> None:
-    _same_names(set(held), set(manifest.tensors), "the directory")
+def _fill(held: dict[str, Held], manifest: Manifest, found: list[tuple[str, Header]], tell: files.Tell) -> None:
+    same_names(set(held), set(manifest.tensors), "the directory")
     ties = {name: one.name for one in held.values() for name in one.names[1:]}
     if ties != dict(manifest.ties):
         raise CheckpointError.of("S445", "the model ties other tensors than the saved one did")
     names = {(entry.file, entry.key or name): name for name, entry in manifest.tensors.items()}
-    for header in headers:
+    for file, header in found:
         for key, tensor in files.read(header, tell):
             if key in manifest.extras:
                 continue
-            name = names[header.path.name, key]
+            name = names.pop((file, key))
             put(held[name], _checked(name, tensor, manifest, held[name]))
+    for name in names.values():  # of a base that was given
+        _checked(name, held[name].tensor, manifest, held[name])
     trainable = set(manifest.trainable)
     for name, one in held.items():
         if one.parameter and one.tensor.is_floating_point():

@@ -11,17 +11,19 @@ from typing import Any
 
 from surgery.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 NAME = "surgery.json"
 BASE, ADDED = "model.safetensors", "surgery.safetensors"
 WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")  # BASE, or the shards of its index
+WITH_BASE = "base"  # what stands for the file of a tensor that lies where the base lies
 
 
 @dataclass(frozen=True)
 class Entry:
     """One tensor: its file, digest (BLAKE2b, 128 bits, of the bytes in the file) and key there.
 
-    key: its name in the file where that differs from its name in the model.
+    file: WITH_BASE where it lies in some file of the base. key: its name in the file where that differs from its name
+    in the model.
     """
 
     file: str
@@ -30,11 +32,20 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Base:
+    """Where the base of a result lies that has no copy of it: `demo`, or an absolute path and one from the result."""
+
+    path: str
+    relative: str | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of surgery.json.
 
     program: canonical text. plan: the resolved sites, as `Plan.to_json`. model_class: `module:QualName`.
     origin: MODEL that the base came from, None where only its class is known.
+    base: where the tensors of it lie that this directory has no copy of; None where it has them all.
     shape: `config` where config.json says the model's widths and layers, `replay` where the plan changes them again.
     settings: what config.json leaves out (attention implementation). ties: name -> name of the tensor it is.
     trainable: parameters that require gradients, or will once their adapter is on. inactive: adapters that were off.
@@ -58,6 +69,7 @@ class Manifest:
     shape: str = "config"
     settings: Mapping[str, Any] = field(default_factory=dict)
     promises: Mapping[str, Any] | None = None
+    base: Base | None = None
     format: int = FORMAT
 
     def write(self, path: Path) -> None:
@@ -71,11 +83,19 @@ class Manifest:
         path.write_text(_by_lines(data) + "\n", "utf-8")
 
     def check(self, name: str, digest: str) -> None:
-        """Errors: S412 for a tensor with another digest than the one that was written."""
-        if digest != self.tensors[name].digest:
+        """Errors: for a tensor with another digest than the one that was written, S412, or S448 one of the base."""
+        entry = self.tensors[name]
+        if digest == entry.digest:
+            return
+        if entry.file == WITH_BASE:
             raise CheckpointError.of(
-                "S412", f"{name} is not what was saved: its digest differs", help="copy the directory again"
+                "S448",
+                f"the base has changed: {name} has digest {digest[:8]}, and had {entry.digest[:8]} when this was saved",
+                help="say where the one lies that it was: `--base DIR`, or surgery.load(path, base=DIR)",
             )
+        raise CheckpointError.of(
+            "S412", f"{name} is not what was saved: its digest differs", help="copy the directory again"
+        )
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -102,7 +122,12 @@ class Manifest:
             data["trainable"], data["extras"] = tuple(data["trainable"]), tuple(data.get("extras", ()))
             data["untrained"] = tuple(data.get("untrained", ()))
             data["inactive"] = tuple(map(str, data.get("inactive", ())))
+            data["base"] = Base(**data["base"]) if data.get("base") else None
             manifest = cls(**data)
+            if manifest.base is None and any(entry.file == WITH_BASE for entry in manifest.tensors.values()):
+                raise ValueError("no base")
+            if manifest.base and not all(isinstance(path, str | None) for path in vars(manifest.base).values()):
+                raise TypeError("base")
             if not isinstance(manifest.program, str) or not isinstance(manifest.plan, dict):
                 raise TypeError("program or plan")
         except (TypeError, KeyError, AttributeError, ValueError) as error:
@@ -118,11 +143,6 @@ def keep_promises(directory: Path, promises: Mapping[str, Any]) -> None:
         partial.replace(directory / NAME)
     except OSError:
         partial.unlink(missing_ok=True)
-
-
-def total_bytes(directory: Path) -> int:
-    """How many bytes of tensors `load` will read, near enough for a progress bar."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def _by_lines(data: Any, depth: int = 3) -> str:
@@ -141,6 +161,6 @@ def _by_lines(data: Any, depth: int = 3) -> str:
 
 def _entry(data: Mapping[str, Any]) -> Entry:
     entry = Entry(**data)
-    if entry.file != ADDED and not WEIGHTS.fullmatch(entry.file):
+    if entry.file not in (ADDED, WITH_BASE) and not WEIGHTS.fullmatch(entry.file):
         raise ValueError(f"file {entry.file}")
     return entry

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.checkpoint import huggingface
+from surgery.checkpoint.base import weights_directory
 from surgery.checkpoint.content import plain
 from surgery.checkpoint.layout import write_index
 from surgery.checkpoint.load import load_either
 from surgery.checkpoint.manifest import Manifest
 from surgery.checkpoint.places import places
-from surgery.checkpoint.save import base_directory, copy_tokenizer, write_config
+from surgery.checkpoint.save import copy_tokenizer, write_config
 from surgery.checkpoint.sink import Sink
 from surgery.checkpoint.staging import resumed
 from surgery.checkpoint.tensors import Tell, digest, silent
@@ -49,15 +50,22 @@ def merged_shapes(directory: Path) -> nn.Module | None:
 
 
 def stream_merge(
-    directory: Path, shapes: nn.Module, output: Path, *, force: bool, jobs: int = 1, tell: Tell = silent
+    directory: Path,
+    shapes: nn.Module,
+    output: Path,
+    *,
+    force: bool,
+    base: str | Path | None = None,
+    jobs: int = 1,
+    tell: Tell = silent,
 ) -> dict[str, Rounding]:
     """Merge what `surgery apply` wrote to a directory into a new one. shapes: of `merged_shapes`.
 
-    jobs: processes that share the work. The same bytes as `merge` and `save_merged` give; what comes back is what
-    rounding did to every tensor that changes, as `merge` reports it. Errors: those of `load`; S430 to S435 as
-    `staging.resumed` says.
+    base: as of `load`. jobs: processes that share the work. The same bytes as `merge` and `save_merged` give; what
+    comes back is what rounding did to every tensor that changes, as `merge` reports it. Errors: those of `load`; S430
+    to S435 as `staging.resumed` says.
     """
-    work = Merging(directory, shapes)
+    work = Merging(directory, shapes, base)
     fingerprint = {"program": ["merge", str(directory.resolve())], **work.source.fingerprint()}
     with (
         work.source,
@@ -65,7 +73,7 @@ def stream_merge(
         Sink(partial, work.found.files, wanted=False, tell=tell) as sink,
         one_thread(),
     ):
-        work_through(work, sink, journal, jobs, functools.partial(Merging, directory))
+        work_through(work, sink, journal, jobs, functools.partial(Merging, directory, base=base))
         sink.finish()
         write_index(partial, work.found.weights)
         write_config(shapes, partial, work.found)
@@ -76,13 +84,13 @@ def stream_merge(
 class Merging:
     """What is to be done, in units that depend on nothing but themselves."""
 
-    def __init__(self, directory: Path, shapes: nn.Module | None = None) -> None:
+    def __init__(self, directory: Path, shapes: nn.Module | None = None, base: str | Path | None = None) -> None:
         shapes = merged_shapes(directory) if shapes is None else shapes
         assert shapes is not None
         self.manifest = manifest = Manifest.read(directory)
-        written = places(directory, manifest)
+        written = places(directory, manifest, base)
         self.model, self.source = written.model, written.source
-        self.found: Content = plain(shapes, base_directory(self.model, manifest.origin))
+        self.found: Content = plain(shapes, weights_directory(self.model, manifest.origin))
         self.sites: dict[str, Rewritten] = dict(rewritten(self.model))
         copies: dict[str, list[str]] = {}
         for name in self.found.held:

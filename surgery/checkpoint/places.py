@@ -7,27 +7,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.checkpoint.header import read_header
+from surgery.checkpoint.base import FOUND, find, headers
 from surgery.checkpoint.inventory import inventory, put
-from surgery.checkpoint.load import base, replay
+from surgery.checkpoint.load import replay, skeleton
 from surgery.checkpoint.manifest import Manifest
 from surgery.checkpoint.source import Source
+from surgery.checkpoint.tensors import digest
 from surgery.graph.blank import blank, empty_out, lent
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 class Places:
-    """model: without numbers, on the meta device or emptied out. key: a tensor's first name to the one in the files."""
+    """model: without numbers, on the meta device or emptied out. key: a tensor's first name to the one in the files.
 
-    def __init__(self, model: nn.Module, source: Source, key: Callable[[str], str]) -> None:
-        self.model, self.source = model, source
+    manifest: what holds each tensor to its digest, where there is one.
+    """
+
+    def __init__(
+        self, model: nn.Module, source: Source, key: Callable[[str], str], manifest: Manifest | None = None
+    ) -> None:
+        self.model, self.source, self.manifest = model, source, manifest
         self.keys: dict[str, str] = {}
+        self.firsts: dict[str, str] = {}
         for held in inventory(model).values():
             if held.tensor.is_meta:
                 put(held, blank(held.tensor))
             self.keys.update({name: key(held.name) for name in held.names})
+            self.firsts.update(dict.fromkeys(held.names, held.name))
 
     @contextmanager
     def at(self, path: str) -> Iterator[nn.Module]:
@@ -35,15 +43,22 @@ class Places:
         module = self.model.get_submodule(path)
         stores = (module.named_parameters(), module.named_buffers())
         names = [f"{path}.{name}".lstrip(".") for store in stores for name, _ in store]
-        with lent(self.model, {name: self.source.read(self.keys[name]) for name in names if name in self.keys}):
+        with lent(self.model, {name: self._read(name) for name in names if name in self.keys}):
             yield module
 
+    def _read(self, name: str) -> Tensor:
+        tensor = self.source.read(self.keys[name])
+        if self.manifest is not None:
+            self.manifest.check(self.firsts[name], digest(tensor))
+        return tensor
 
-def places(directory: Path, manifest: Manifest) -> Places:
-    """Of what `surgery apply` wrote; its source is to be closed. Errors: those of `load`."""
-    model = base(directory, manifest).model
+
+def places(directory: Path, manifest: Manifest, base: str | Path | None = None) -> Places:
+    """Of what `surgery apply` wrote; its source is to be closed. base and errors: those of `load`."""
+    model = skeleton(directory, manifest).model
     empty_out(model)
     replay(model, manifest, shaped=manifest.shape == "config")
-    files = sorted({entry.file for entry in manifest.tensors.values()})
-    source = Source(read_header(directory / file) for file in files)
-    return Places(model, source, lambda name: manifest.tensors[name].key or name)
+    place = find(directory, manifest, base)
+    model.__dict__[FOUND] = place
+    source = Source(header for _, header in headers(directory, manifest, place))
+    return Places(model, source, lambda name: manifest.tensors[name].key or name, manifest)

@@ -67,18 +67,21 @@ class Facts:
     depths: tuple[tuple[str, int, int], ...]
 
 
-def facts(directory: Path) -> Facts:
-    """Reads every weight once, and the base's where it is still there. Errors: those of `inspect` and `load`."""
-    about = inspect(directory)
+def facts(directory: Path, base: str | Path | None = None) -> Facts:
+    """Reads every weight once, and the base's where it is still there. Errors: those of `inspect` and `load`.
+
+    base: where it lies by now, of a result that refers to it.
+    """
+    about = inspect(directory, base)
     cells: list[Cell] = []
     magnitudes: dict[str, Magnitudes] = {}
     compared = False
     manifest = Manifest.read(directory)
-    result = places(directory, manifest)
-    with result.source, _base(manifest.origin) as base:
+    result = places(directory, manifest, base)
+    with result.source, _base(manifest.origin) as before:
         plan = Plan.from_json(manifest.plan)
         if any(step.operation.phase == "depth" for step in plan.steps):
-            base = None  # its layers have other numbers
+            before = None  # its layers have other numbers
         for path, parts in _by_path(plan).items():
             with result.at(path):
                 for part in parts:
@@ -90,10 +93,10 @@ def facts(directory: Path) -> Facts:
                         found = magnitudes.setdefault(part.role, Magnitudes())
                         found.gone += cell.zeros
                         _count(found.kept, weight[~gone])
-                        before = _before(base, part)
-                        if before is not None and before.shape == weight.shape:
+                        earlier = _before(before, part)
+                        if earlier is not None and earlier.shape == weight.shape:
                             compared = True
-                            _count(found.cut, before[gone])
+                            _count(found.cut, earlier[gone])
     given = plan.anatomy if plan.given is None else plan.given
     depths = {stack.path: stack.depth for stack in given.stacks}
     changed = [(s.name, depths.get(s.path, s.depth), s.depth) for s in plan.anatomy.stacks]

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint import huggingface
 from surgery.checkpoint import tensors as files
+from surgery.checkpoint.base import base_directory, referred, weights_directory
 from surgery.checkpoint.content import Content, content, plain
 from surgery.checkpoint.huggingface import TOKENIZER_FILES
 from surgery.checkpoint.inventory import Held, inventory
 from surgery.checkpoint.layout import write_index
-from surgery.checkpoint.manifest import NAME, Manifest
-from surgery.checkpoint.sink import fill
-from surgery.checkpoint.staging import staged
+from surgery.checkpoint.manifest import NAME, Base, Manifest
+from surgery.checkpoint.sink import Sink, fill
+from surgery.checkpoint.staging import check_target, staged
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -34,11 +35,14 @@ def save(
     force: bool = False,
     origin: str | None = None,
     tokenizer: Any | None = None,
+    standalone: bool = False,
     tell: files.Tell = files.silent,
 ) -> None:
     """Write a model that `surgery.apply` transformed; `surgery.load(path)` gives the same bits.
 
     path: a new directory, which appears whole or not at all. force: replace a model that lies there.
+    standalone: copy the base. Otherwise, where the model still has the very bits of the directory that it was read
+        from, that is referred to, by path and by the digest of every tensor.
     origin: MODEL that the base came from, where the model does not tell (`FILE.py:FUNCTION` of a plain module).
     tokenizer: saved too; by default the files of the base's directory are copied.
     tell: called with the number of bytes written since its last call.
@@ -58,19 +62,26 @@ def save(
     from surgery.compiler.switch import refuse_routed
 
     refuse_routed(model)
-    found = content(model, base_directory(model, origin))
-    for name, one in found.held.items():
+    for name, one in inventory(model).items():
         if one.tensor.is_meta:
             raise CheckpointError.of("S422", f"{name} is on the meta device: there are no weights to save")
+    check_target(Path(path), force)
+    base, elsewhere = (None if standalone else referred(model, record.plan, origin, Path(path))) or (None, {})
+    found = content(model, weights_directory(model, origin), elsewhere)
     with staged(Path(path), force) as partial:
         values = found.constants()
         for name, one in found.held.items():
-            values |= found.values(name, one.tensor)
-        digests = fill(partial, found.files, values, tell).digests
+            if name not in elsewhere:
+                values |= found.values(name, one.tensor)
+        with Sink(partial, found.files, tell=tell) as sink:
+            sink.write(values)
+            for name in elsewhere:
+                sink.note(name, found.held[name].tensor)
+            sink.finish()
         write_index(partial, found.weights)
         write_config(model, partial, found)
         write_tokenizer(model, partial, origin, tokenizer)
-        write_manifest(model, partial, found, digests, origin, untrained(record, model))
+        write_manifest(model, partial, found, sink.digests, origin, untrained(record, model), base)
 
 
 def write_manifest(
@@ -80,6 +91,7 @@ def write_manifest(
     digests: Mapping[str, str],
     origin: str | None,
     untrained: Collection[str],
+    base: Base | None = None,
 ) -> None:
     """surgery.json of a transformed model, or of one that is hollow, whose tensors were written."""
     from surgery import __version__
@@ -106,6 +118,7 @@ def write_manifest(
         extras=found.packed.extras,
         shape=record.shape,
         settings=_settings(model),
+        base=base,
     ).write(directory / NAME)
 
 
@@ -123,14 +136,14 @@ def save_merged(
     source: the directory whose tokenizer files are copied, if any. A plain torch module becomes model.safetensors.
     """
     if "_surgery" in model.__dict__:
-        save(model, path, force=force, origin=origin, tell=tell)
+        save(model, path, force=force, origin=origin, standalone=True, tell=tell)
         return
     with staged(path, force) as partial:
         if hasattr(model, "save_pretrained") and huggingface.converts(model):
             with huggingface.quiet():
                 model.save_pretrained(partial)  # type: ignore[operator]
         else:
-            found = plain(model, base_directory(model, origin))
+            found = plain(model, weights_directory(model, origin))
             fill(partial, found.files, {name: one.tensor for name, one in found.held.items()}, tell)
             write_index(partial, found.weights)
             write_config(model, partial, found)
@@ -198,18 +211,6 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file() and not (directory / name).exists():
             shutil.copyfile(source / name, directory / name)
-
-
-def base_directory(model: nn.Module, origin: str | None) -> Path | None:
-    """The directory that the base was read from, while it is still there."""
-    for spec in (origin, getattr(model, "name_or_path", None)):
-        if spec == "demo":
-            from surgery.checkpoint.models import demo_directory
-
-            return demo_directory()
-        if spec and Path(spec).is_dir():
-            return Path(spec)
-    return None
 
 
 def _origin(model: nn.Module) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint import huggingface
+from surgery.checkpoint.base import may_refer, reference
 from surgery.checkpoint.content import content
 from surgery.checkpoint.header import Header, check_checkpoint, read_header
 from surgery.checkpoint.inventory import inventory
@@ -73,17 +74,20 @@ def stream(
     origin: str,
     tokenizer: Any = None,
     force: bool,
+    standalone: bool = False,
     jobs: int = 1,
     tell: Tell = silent,
 ) -> None:
     """Carry out a plan on a Hugging Face directory, for which `whole_because` has no reason, into a new directory.
 
-    jobs: processes that share the work. The same bytes as `apply` and `save` give; what is there appears whole or not
-    at all, and a run that was killed is gone on with. Errors: those of `apply` and `save`; S434 and S435 as
-    `staging.resumed` says.
+    standalone: as of `save`. jobs: processes that share the work. The same bytes as `apply` and `save` give; what is
+    there appears whole or not at all, and a run that was killed is gone on with. Errors: those of `apply` and `save`;
+    S434 and S435 as `staging.resumed` says.
     """
-    work = Applying(plan, directory, tokenizer)
-    write(work, partial(Applying, plan, directory), output, origin=origin, force=force, jobs=jobs, tell=tell)
+    refers = not standalone and may_refer(plan, directory, output)
+    work = Applying(plan, directory, tokenizer, refers)
+    make = partial(Applying, plan, directory, refers=refers)
+    write(work, make, output, origin=origin, force=force, jobs=jobs, tell=tell)
 
 
 def write(
@@ -103,7 +107,8 @@ def write(
         write_index(aside, work.found.weights)
         write_config(work.hollow, aside, work.found)
         write_tokenizer(work.hollow, aside, origin, None)
-        write_manifest(work.hollow, aside, work.found, sink.digests, origin, work.started(sink))
+        base = reference(work.directory, output) if work.found.elsewhere else None
+        write_manifest(work.hollow, aside, work.found, sink.digests, origin, work.started(sink), base)
         if required.undecided(work.plan):
             with Source(read_header(aside / file.name) for file in work.found.files) as written:
                 _check(work.plan, Places(work.hollow, written, work.found.key))
@@ -121,14 +126,16 @@ def _check(plan: Plan, result: Places) -> None:
 
 
 class Applying:
-    """What is to be done, in units that depend on nothing but themselves. hollow: the result without numbers."""
+    """What is to be done, in units that depend on nothing but themselves. hollow: the result without numbers.
 
-    def __init__(self, plan: Plan, directory: Path, tokenizer: Any = None) -> None:
-        self.plan = plan
+    refers: the result has no copy of the base.
+    """
+
+    def __init__(self, plan: Plan, directory: Path, tokenizer: Any = None, refers: bool = False) -> None:
+        self.plan, self.directory = plan, directory
         self.hollow = perform(plan, huggingface.skeleton(directory, meta=True), hollow=True)
         self.model = huggingface.skeleton(directory, meta=False)
         empty_out(self.model)
-        self.found = content(self.hollow, directory)
         self.source = Source(check_checkpoint(directory))
         self.streams = Stream(plan, self.model, tokenizer)
         # By every name that the model has for a tensor, the one that its files have.
@@ -139,6 +146,8 @@ class Applying:
             if origin in self.source
             for name in one.names
         }
+        kept = (one for one in inventory(self.hollow).values() if refers and one.persistent and not one.added)
+        self.found = content(self.hollow, directory, {one.name: self.origins[one.name] for one in kept})
         at_places = {name for place in self.streams.places for name in place.reads}
         order = {path: index for index, (path, _) in enumerate(self.model.named_modules(remove_duplicate=False))}
         copies: dict[str, list[str]] = {}
@@ -158,7 +167,9 @@ class Applying:
 
     def fingerprint(self) -> dict[str, object]:
         """What the result depends on."""
-        return {"program": [str(self.plan.program), self.plan.program.seed], **self.source.fingerprint()}
+        program: list[object] = [str(self.plan.program), self.plan.program.seed]
+        how = {"way to keep the base": "by reference" if self.found.elsewhere else "as a copy"}
+        return {"program": program, **how, **self.source.fingerprint()}
 
     def started(self, sink: Sink) -> list[str]:
         """Trained tensors that are as a program starts them."""
@@ -170,8 +181,9 @@ class Applying:
         return self.streams.at(place, {name: self.source.read(self.origins[name]) for name in place.reads})
 
     def copy(self, name: str, sink: Sink) -> None:
-        """Write a tensor that stays as it is."""
-        sink.copy(self.found.key(name), self.source, self.origins[name])
+        """Write a tensor that stays as it is, or what is to be known of it."""
+        write = sink.note_copy if name in self.found.elsewhere else sink.copy
+        write(self.found.key(name), self.source, self.origins[name])
 
     def do(self, unit: int, sink: Sink) -> list[str]:
         """Carry out one unit; the last one writes what no weight decides."""
@@ -182,12 +194,14 @@ class Applying:
             return sink.write(values)
         todo = self._todo[unit]
         if isinstance(todo, Place):
-            return [
-                key
-                for name, tensor in self.at(todo, sink).items()
-                if name in self.found.held
-                for key in sink.write(self.found.values(name, tensor))
-            ]
+            wrote: list[str] = []
+            for name, tensor in self.at(todo, sink).items():
+                if name in self.found.elsewhere:
+                    sink.note(name, tensor)
+                    wrote.append(name)
+                elif name in self.found.held:
+                    wrote += sink.write(self.found.values(name, tensor))
+            return wrote
         for name in todo:
             self.copy(name, sink)
         return [self.found.key(name) for name in todo]

@@ -52,6 +52,12 @@ set_option = click.option(
     metavar="NAME=VALUE",
     help="Give a `let` parameter another value.",
 )
+base_option = click.option(
+    "--base", metavar="MODEL", help="Where the base lies that OUT refers to, when it is not where it was."
+)
+standalone_option = click.option(
+    "--standalone", is_flag=True, help="Copy the base though it is untouched; otherwise it is referred to."
+)
 force_option = click.option("-f", "--force", is_flag=True, help="Replace a model that lies there.")
 
 jobs_option = click.option(

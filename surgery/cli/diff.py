@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from surgery.cli.arguments import base_option
 from surgery.cli.errors import FAILED
 from surgery.cli.progress import progress
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 @click.argument("after", metavar="B", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="As JSON, one entry for each tensor.")
 @click.option("--all", "every", is_flag=True, help="Show equal tensors as well.")
+@base_option
 @click.pass_context
-def command(ctx: click.Context, before: Path, after: Path, as_json: bool, every: bool) -> None:
+def command(ctx: click.Context, before: Path, after: Path, as_json: bool, every: bool, base: str | None) -> None:
     """Compare the tensors of two model directories, a stretch at a time.
 
     Layers that changed alike share a line: the share of entries that changed, the error relative to A in norms, the
@@ -33,8 +35,8 @@ def command(ctx: click.Context, before: Path, after: Path, as_json: bool, every:
     from surgery.checkpoint.models import directory_of
 
     old, new = directory_of(str(before)), directory_of(str(after))
-    with progress("comparing", lambda: compare.bytes_of(old) + compare.bytes_of(new)) as tell:
-        found = list(compare.compare(old, new, tell))
+    with progress("comparing", lambda: sum(compare.bytes_of(one, base) for one in (old, new))) as tell:
+        found = list(compare.compare(old, new, tell, base=base))
     counts = compare.summary(found)
     if as_json:
         click.echo(json.dumps({"counts": counts, "tensors": [each.to_json() for each in found]}, indent=1))

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from surgery.checkpoint.forms import FORMS
-from surgery.cli.arguments import force_option, out_argument, output_option
+from surgery.cli.arguments import base_option, force_option, out_argument, output_option
 from surgery.cli.progress import progress
 from surgery.cli.sizes import directory_size
 
@@ -17,18 +17,20 @@ from surgery.cli.sizes import directory_size
 @click.option("--to", "form", required=True, type=click.Choice(FORMS), help="Who is to load it.")
 @output_option
 @force_option
-def command(out: str, form: str, output: Path, force: bool) -> None:
+@base_option
+def command(out: str, form: str, output: Path, force: bool, base: str | None) -> None:
     """Write the result in OUT for others: adapters for PEFT, a folded model for transformers, a program for torch."""
     from surgery.checkpoint.staging import check_target
 
     check_target(output, force)
+    from surgery.checkpoint.base import total_bytes
     from surgery.checkpoint.export import export
     from surgery.checkpoint.load import read
-    from surgery.checkpoint.manifest import Manifest, total_bytes
+    from surgery.checkpoint.manifest import Manifest
 
     manifest = Manifest.read(Path(out))
-    with progress(f"reading {out}", lambda: total_bytes(Path(out))) as tell:
-        loaded = read(Path(out), tell=tell)
+    with progress(f"reading {out}", lambda: total_bytes(Path(out), base)) as tell:
+        loaded = read(Path(out), base=base, tell=tell)
     with progress(f"writing {output}"):
         export(
             loaded.model,

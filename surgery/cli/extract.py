@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from surgery.cli.arguments import force_option, jobs_option, output_option
+from surgery.cli.arguments import force_option, jobs_option, output_option, standalone_option
 from surgery.cli.progress import progress
-from surgery.cli.sizes import directory_size
+from surgery.cli.sizes import saved
 
 
 def _selector(ctx: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> str:
@@ -29,8 +29,9 @@ def _selector(ctx: click.Context, parameter: click.Parameter, words: tuple[str, 
 @click.option("--rank", required=True, type=click.IntRange(1), metavar="N", help="Rank of every adapter.")
 @output_option
 @force_option
+@standalone_option
 @jobs_option
-def command(tuned: str, on: str, base: str, rank: int, output: Path, force: bool, jobs: int) -> None:
+def command(tuned: str, on: str, base: str, rank: int, output: Path, force: bool, standalone: bool, jobs: int) -> None:
     """Save the low-rank adapter nearest to the difference of TUNED and its base, on the base.
 
     By default of all linear maps but the head. For each matrix: how large the difference is beside the weight, and how
@@ -54,12 +55,22 @@ def command(tuned: str, on: str, base: str, rank: int, output: Path, force: bool
     first, second = shapes.directory, theirs.directory
     if first is not None and second is not None and whole_of_either(made, shapes, theirs) is None:
         with progress(f"writing {output}", lambda: made.cost.bytes_after) as tell:
-            found = stream_extract(made, first, second, output, origin=shapes.origin, force=force, jobs=jobs, tell=tell)
+            found = stream_extract(
+                made,
+                first,
+                second,
+                output,
+                origin=shapes.origin,
+                force=force,
+                standalone=standalone,
+                jobs=jobs,
+                tell=tell,
+            )
     else:
         with progress(f"reading {base} and {tuned}"):
             loaded, other = models.load(base), models.load(tuned)
             found = extract(other.model, loaded.model, rank=rank, on=on, example_inputs=loaded.example_inputs)
         with progress(f"writing {output}", lambda: bytes_of(loaded.model)) as tell:
-            save(loaded.model, output, force=force, origin=loaded.origin, tell=tell)
+            save(loaded.model, output, force=force, origin=loaded.origin, standalone=standalone, tell=tell)
     click.echo(str(found))
-    click.echo(f"Saved in {output} ({directory_size(output)}).")
+    click.echo(saved(output))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from surgery.cli.arguments import force_option, output_option
+from surgery.cli.arguments import force_option, output_option, standalone_option
 from surgery.cli.progress import progress
-from surgery.cli.sizes import directory_size
+from surgery.cli.sizes import saved
 
 
 @click.command()
@@ -18,7 +18,10 @@ from surgery.cli.sizes import directory_size
 @click.option("--as", "name", metavar="NAME", help="What to call the adapter.")
 @output_option
 @force_option
-def command(directory: Path, form: str, base: str, name: str | None, output: Path, force: bool) -> None:
+@standalone_option
+def command(
+    directory: Path, form: str, base: str, name: str | None, output: Path, force: bool, standalone: bool
+) -> None:
     """Put the adapter in DIR on its base, and save both as `surgery apply` would."""
     from surgery.checkpoint.staging import check_target
 
@@ -31,5 +34,5 @@ def command(directory: Path, form: str, base: str, name: str | None, output: Pat
         loaded = models.load(base)
         model = import_peft(directory, loaded.model, name=name)
     with progress(f"writing {output}"):
-        save(model, output, force=force, origin=loaded.origin)
-    click.echo(f"Saved in {output} ({directory_size(output)}).")
+        save(model, output, force=force, origin=loaded.origin, standalone=standalone)
+    click.echo(saved(output))

@@ -9,15 +9,16 @@ from typing import Any
 
 import click
 
-from surgery.cli.arguments import out_argument
+from surgery.cli.arguments import base_option, out_argument
 from surgery.cli.heat import in_blocks, strips
 from surgery.cli.sizes import readable
 
 
 @click.command()
 @out_argument
+@base_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def command(out: str, as_json: bool) -> None:
+def command(out: str, base: str | None, as_json: bool) -> None:
     """Tell what the directory OUT is: program, places, sizes, sparsity, promises, and what made it.
 
     Reads headers and masks, no weights. An ordinary model directory is told about as well.
@@ -25,7 +26,7 @@ def command(out: str, as_json: bool) -> None:
     from surgery.checkpoint.inspect import inspect
     from surgery.checkpoint.models import directory_of
 
-    found = inspect(directory_of(out))
+    found = inspect(directory_of(out), base)
     click.echo(json.dumps(found, indent=1) if as_json else "\n".join(lines(Path(out), found)))
 
 
@@ -40,6 +41,10 @@ def lines(out: Path, found: Mapping[str, Any]) -> Iterator[str]:
     for file in found["files"]:
         kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in file["elements"].items())
         yield f"  {file['name']}  {readable(file['bytes'])}  {file['tensors']} tensors  {kinds}"
+    if base := found.get("base"):
+        yield f"  base in {base['path']}, referred to: {base['tensors']} tensors, digest {base['digest'][:8]}"
+        if "missing" in base:
+            yield f"      MISSING: {base['missing']}"
     if found.get("quantization"):
         yield f"  quantized: {found['quantization']}"
     if "program" in found:

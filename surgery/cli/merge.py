@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli.arguments import force_option, jobs_option, out_argument, output_option
+from surgery.cli.arguments import base_option, force_option, jobs_option, out_argument, output_option
 from surgery.cli.progress import progress
 from surgery.cli.sizes import directory_size
 
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 @out_argument
 @output_option
 @force_option
+@base_option
 @jobs_option
 @click.option("--json", "as_json", is_flag=True, help="Print what rounding did to every tensor as JSON.")
-def command(out: str, output: Path, force: bool, jobs: int, as_json: bool) -> None:
+def command(out: str, output: Path, force: bool, base: str | None, jobs: int, as_json: bool) -> None:
     """Fold the model in OUT into plain weights, in a new directory that `from_pretrained` loads.
 
     Sums are taken wide and rounded once; what that did to the changes is told. What cannot be folded stays beside the
@@ -34,8 +35,9 @@ def command(out: str, output: Path, force: bool, jobs: int, as_json: bool) -> No
     from surgery.checkpoint.staging import check_target
 
     check_target(output, force)
+    from surgery.checkpoint.base import total_bytes
     from surgery.checkpoint.load import load
-    from surgery.checkpoint.manifest import Manifest, total_bytes
+    from surgery.checkpoint.manifest import Manifest
     from surgery.checkpoint.merging import merged_shapes, stream_merge
     from surgery.checkpoint.save import bytes_of, save_merged
     from surgery.compiler import merge, record_of
@@ -44,12 +46,12 @@ def command(out: str, output: Path, force: bool, jobs: int, as_json: bool) -> No
     shapes = merged_shapes(Path(out))
     roundings: dict[str, Rounding]
     if shapes is not None:
-        with progress(f"writing {output}", lambda: total_bytes(Path(out))) as tell:
-            roundings = stream_merge(Path(out), shapes, output, force=force, jobs=jobs, tell=tell)
+        with progress(f"writing {output}", lambda: total_bytes(Path(out), base)) as tell:
+            roundings = stream_merge(Path(out), shapes, output, force=force, base=base, jobs=jobs, tell=tell)
         _report(roundings, output, as_json)
         return
-    with progress(f"reading {out}", lambda: total_bytes(Path(out))) as tell:
-        model = load(out, tell=tell)
+    with progress(f"reading {out}", lambda: total_bytes(Path(out), base)) as tell:
+        model = load(out, base=base, tell=tell)
     record = record_of(model)
     with progress("merging", lambda: record.plan.places if record else 0) as tell:
         roundings = {}

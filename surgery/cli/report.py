@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from surgery.cli.arguments import out_argument
+from surgery.cli.arguments import base_option, out_argument
 from surgery.cli.progress import progress
 
 
@@ -16,7 +16,8 @@ from surgery.cli.progress import progress
     "-o", "--output", type=click.Path(path_type=Path), metavar="FILE.html", help="Where to; unsaid, OUT.html beside it."
 )
 @click.option("-f", "--force", is_flag=True, help="Replace a file that lies there.")
-def command(out: str, output: Path | None, force: bool) -> None:
+@base_option
+def command(out: str, output: Path | None, force: bool, base: str | None) -> None:
     """Write what was done to OUT on one HTML page: zeros by layer and role, magnitudes, cuts, sizes, promises.
 
     Reads every weight once, a place at a time, and the base's where it is still there. The page needs no other file.
@@ -33,7 +34,7 @@ def command(out: str, output: Path | None, force: bool) -> None:
     with progress(f"reading {out}"):
         from surgery.checkpoint.report import facts
 
-        text = page(directory.resolve().name, facts(directory))
+        text = page(directory.resolve().name, facts(directory, base))
     aside = target.with_name(f".{target.name}.partial")
     aside.write_text(text, "utf-8")
     aside.replace(target)

@@ -10,6 +10,15 @@ def directory_size(path: Path) -> str:
     return readable(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
 
 
+def saved(path: Path) -> str:
+    """What `apply` and its like end with: where a result lies, how large it is, and what it refers to."""
+    from surgery.checkpoint.manifest import Manifest
+
+    base = Manifest.read(path).base
+    line = f"Saved in {path} ({directory_size(path)})."
+    return line if base is None else f"{line} Its base stays in {base.path}; --standalone copies it."
+
+
 def readable(size: float) -> str:
     """Bytes with a decimal unit."""
     for unit in ("B", "kB", "MB"):

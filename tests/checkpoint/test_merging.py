@@ -26,7 +26,7 @@ QUICK = [("lora", "gpt2"), ("codes", "llama"), ("zeros", "bert"), ("roles", "phi
 PAIRS = [(name, family) for name in PROGRAMS for family in FAMILIES]
 
 
-def adapted(program: str, family: str, place: Path) -> Path:
+def adapted(program: str, family: str, place: Path, *, standalone: bool = False) -> Path:
     """A base in shards, and what the program made of it, trained."""
     dtype = torch.bfloat16 if family in ("llama", "gpt2") else torch.float32
     zoo.tiny(family, dtype=dtype).save_pretrained(place / "base", max_shard_size="20KB")
@@ -38,7 +38,7 @@ def adapted(program: str, family: str, place: Path) -> Path:
     for name, parameter in sorted(surgery.parameters(model).items()):
         assert parameter.requires_grad, name
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    surgery.save(model, place / "out", origin=loaded.origin)
+    surgery.save(model, place / "out", origin=loaded.origin, standalone=standalone)
     return place / "out"
 
 
@@ -78,7 +78,7 @@ def test_what_takes_the_whole_model(program: str, family: str, tmp_path: Path) -
 
 
 def test_a_tensor_that_is_not_what_was_saved(tmp_path: Path) -> None:
-    out = adapted(PROGRAMS["lora"], "llama", tmp_path)
+    out = adapted(PROGRAMS["lora"], "llama", tmp_path, standalone=True)
     path = sorted(out.glob("model*.safetensors"))[-1]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.checkpoint.inventory import inventory
+from surgery.checkpoint.manifest import FORMAT
 from surgery.errors import CheckpointError
 from surgery.verify.bounds import relative_error
 from tests import zoo
@@ -248,9 +249,9 @@ def test_missing_and_unexpected_tensors_are_refused(out: Path) -> None:
 
 
 def test_manifest_that_does_not_fit_is_refused(out: Path) -> None:
-    edit(out, format=2)
+    edit(out, format=FORMAT + 1)
     refused(out, "S441")
-    edit(out, format=1, plan={})
+    edit(out, format=FORMAT, plan={})
     refused(out, "S440")
     (out / "surgery.json").write_text("[" * 10_000)
     refused(out, "S440")

@@ -94,12 +94,11 @@ def main(arguments: list[str] | None = None) -> bool:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS))
-    parser.add_argument("--threads", type=int, help="of torch; its own choice if not given")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args(arguments)
     keep_pages()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     good = True
     for method in options.only:
         names = [name for name in ("frozen", "peft", "ours") if name != "peft" or method not in ALONE]

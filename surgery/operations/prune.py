@@ -24,13 +24,14 @@ from surgery.operations.base import (
     option,
     quantity,
 )
+from surgery.operations.prune_global import kept_of_all, widest
 from surgery.operations.prune_gradual import cubic, cut_further
-from surgery.operations.prune_scores import by_layer, read_texts, reconstructed, sensitivity
+from surgery.operations.prune_scores import by_layer, read_texts, reconstructed, sensitivity, weight_of
 from surgery.operations.subnetwork import MASK, STEP, Scheduled, fill_mask, put_mask
 from surgery.operations.train import whole_only
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import Any
 
     from torch import Generator, Tensor
@@ -171,7 +172,7 @@ class Prune(Operation, Scheduled):
 
     @property
     def layerwise(self) -> bool:
-        return self.score == "wanda"
+        return self.score == "wanda" or (self.global_ and self.score not in CALIBRATED)
 
     def claims(self, name: str | None) -> tuple[str, ...]:
         return ("mask",)
@@ -181,7 +182,7 @@ class Prune(Operation, Scheduled):
 
     def fill(self, sites: Sequence[Site], context: Any) -> None:
         if self.score not in ("wanda", "sparsegpt"):
-            for site, keep in zip(sites, self.stays(self._scores(sites, context)), strict=True):
+            for site, keep in zip(sites, self._kept(sites, context), strict=True):
                 fill_mask(site, keep)
             return
         treat = self._wanda if self.score == "wanda" else self._sparsegpt
@@ -196,8 +197,7 @@ class Prune(Operation, Scheduled):
         if isinstance(self.amount, Ratio):
             return [pattern(score, self.amount) for score in scores]
         if self.global_:
-            flat = largest(torch.cat([score.flatten() for score in scores]), self.amount)
-            return [part.view_as(s) for part, s in zip(flat.split([s.numel() for s in scores]), scores, strict=True)]
+            return list(kept_of_all(lambda: scores, self.amount, widest(score.dtype for score in scores)))
         if self.by_row:
             return [torch.stack([largest(row, self.amount) for row in score]) for score in scores]
         return [largest(score, self.amount) for score in scores]
@@ -249,20 +249,28 @@ class Prune(Operation, Scheduled):
 
         return reconstructed(rows, hessian, keep_in, self.amount.whole if isinstance(self.amount, Ratio) else 0)
 
-    def _scores(self, sites: Sequence[Site], context: Any) -> list[Tensor]:
-        """(rows, in) of each site, larger is better; float32, or float64 for float64 weights."""
+    def _kept(self, sites: Sequence[Site], context: Any) -> Iterable[Tensor]:
+        """What stays of each site's rows, by scores (rows, in); float32, or float64 for float64 weights."""
         if self.score == "sensitivity":
             found = sensitivity(sites, context.model, read_texts(self, context.anatomy, context.tokenizer))
-            return [site.rows_of(score) for site, score in zip(sites, found, strict=True)]
-        return [site.rows_of(self._score(site)) for site in sites]
+            return self.stays([site.rows_of(score) for site, score in zip(sites, found, strict=True)])
+        if not self.global_:
+            return self.stays([site.rows_of(self._score(site)) for site in sites])
+        assert not isinstance(self.amount, Ratio), "see `validate`"
+
+        def scores() -> Iterator[Tensor]:
+            for site in sites:
+                with calibration.at_hand(context.model, site.path):
+                    yield site.rows_of(self._score(site))
+
+        return kept_of_all(scores, self.amount, widest(site.evaluate(site.weight).dtype for site in sites))
 
     def _score(self, site: Site) -> Tensor:
         """(out, in), larger is better; float32, or float64 for float64 weights."""
-        weight = site.evaluate(site.weight)
-        wide = weight.to(torch.float32) if weight.dtype.itemsize < 4 else weight
+        weight = weight_of(site)
         if self.score == "magnitude":
-            return wide.abs()
-        return torch.rand(wide.shape, generator=site.generator("score"), dtype=wide.dtype).to(wide.device)
+            return weight.abs()
+        return torch.rand(weight.shape, generator=site.generator("score"), dtype=weight.dtype).to(weight.device)
 
 
 def largest(score: Tensor, share: float) -> Tensor:

@@ -25,6 +25,7 @@ PROGRAMS = {
     "quantized": "quantize base nf4 double",
     "several": "quantize ffn fp4 block 128; lora rank 2 dora on attn",
     "pruned": "prune magnitude 50% on ffn; prune random 25% rows on attn.o",
+    "ranked": "prune magnitude 40% global on ffn + attn.o; prune random 30% global on attn.q; lora rank 2 dora on ffn",
     "attached": "lora rank 2 on all linear; prefix 3 gated on all layers as front",
     "many": "prune random 30% on ffn; quantize attn.o nf4; lora rank 2 init pissa on attn.o; ia3; train norm",
     "adapters": "adapter bottleneck 3 after ffn; quantize base nf4",
@@ -36,7 +37,7 @@ PROGRAMS = {
 
 # Specs with a statement that needs all of a model, or a model whose library stores other tensors than it computes with.
 WHOLE = {
-    "calibrated", "deeper", "depth", "experts", "instruct", "prompt", "prune", "shots", "structured", "upcycled",
+    "calibrated", "deeper", "depth", "experts", "instruct", "prompt", "shots", "structured", "upcycled",
 }  # fmt: skip
 
 
@@ -105,6 +106,8 @@ def without_notes(found: dict[str, bytes]) -> dict[str, bytes]:
 
 def test_what_cannot_be_streamed_says_why(tmp_path: Path) -> None:
     zoo.tiny("mixtral").save_pretrained(tmp_path / "experts")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"input_ids": [1, 2, 3]}')
     model = zoo.tiny("llama")
     model.save_pretrained(tmp_path / "base")
     model.double().save_pretrained(tmp_path / "other")
@@ -112,7 +115,7 @@ def test_what_cannot_be_streamed_says_why(tmp_path: Path) -> None:
     reasons = {}
     for name, text in (
         ("experts", "train norm"),
-        ("base", "prune magnitude 50% global on ffn"),
+        ("base", f'prune sensitivity 50% using "{texts}" on ffn'),
         ("base", "prompt 3 init vocab"),
         ("other", "train norm"),
     ):
@@ -120,6 +123,31 @@ def test_what_cannot_be_streamed_says_why(tmp_path: Path) -> None:
         reasons[f"{name}: {text}"] = whole_because(surgery.plan(surgery.parse(text), shapes.model), shapes)
     assert all(reasons.values())
     assert len(set(reasons.values())) == 4
+
+
+def test_a_global_threshold_has_one_matrix_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two histograms and the masks: each matrix is read three times, one after the other."""
+    zoo.tiny("llama").save_pretrained(tmp_path / "base")
+    program = surgery.parse("prune magnitude 45% global on ffn")
+    shapes = load_meta(str(tmp_path / "base"))
+    plan = surgery.plan(program, shapes.model)
+    lent, most = [], []
+    lend = Lender._lend
+
+    def watched(self: Lender, path: str, names: tuple[str, ...]) -> None:
+        lend(self, path, names)
+        lent.append(path)
+        most.append(len(self.running))
+
+    monkeypatch.setattr(Lender, "_lend", watched)
+    stream(plan, tmp_path / "base", tmp_path / "out", origin=str(tmp_path / "base"), force=False)
+    (step,) = plan.steps
+    assert lent == 3 * [part.path for part in step.parts]
+    assert max(most) == 1
+    weights = [surgery.load(tmp_path / "out").get_submodule(part.path).weight for part in step.parts]
+    count = sum(weight.numel() for weight in weights)
+    assert sum(int((weight == 0).sum()) for weight in weights) == round(0.45 * count)
+    assert len({int((weight == 0).sum()) for weight in weights}) > 3, "of each as many as its weights deserve"
 
 
 @pytest.mark.parametrize(

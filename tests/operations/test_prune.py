@@ -11,6 +11,7 @@ import surgery
 from surgery.graph.functions import pack_bits, unpack_bits
 from surgery.operations.options import Ratio
 from surgery.operations.prune import largest, pattern
+from surgery.operations.prune_global import kept_of_all, widest
 from tests import zoo
 
 
@@ -25,6 +26,26 @@ def test_exactly_as_many_go_as_were_asked(rows: int, columns: int, share: float,
         edge = score[~keep].max()
         ties = keep.flatten()[(score == edge).flatten()]
         assert torch.equal(ties, ties.sort().values), "of equal scores the ones that come first go"
+
+
+SCORES = st.sampled_from([-1.0, 0.0, 1e-42, 0.25, 0.25 + 2**-24, 0.5, 1.0, 3e38, float("inf")])
+
+
+@given(
+    st.lists(st.lists(SCORES, min_size=1, max_size=40), min_size=1, max_size=5),
+    st.floats(0, 1),
+    st.lists(st.booleans(), min_size=5, max_size=5),
+)
+def test_ranking_one_by_one_is_ranking_all_at_once(values: list[list[float]], share: float, wide: list[bool]) -> None:
+    """Histograms cut what sorting everything in one piece cuts: ties over several tensors, float64 among float32."""
+    scores = [
+        torch.tensor(each, dtype=torch.float64 if double else torch.float32)
+        for each, double in zip(values, wide, strict=False)
+    ]
+    dtype = widest(score.dtype for score in scores)
+    found = list(kept_of_all(lambda: scores, share, dtype))
+    assert [keep.shape for keep in found] == [score.shape for score in scores]
+    assert torch.equal(torch.cat(found), largest(torch.cat([score.to(dtype) for score in scores]), share))
 
 
 @given(st.integers(1, 300), st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))

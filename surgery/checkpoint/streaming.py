@@ -19,7 +19,7 @@ from surgery.checkpoint.sink import Sink
 from surgery.checkpoint.source import Source
 from surgery.checkpoint.staging import resumed
 from surgery.checkpoint.tensors import DTYPES, Tell, silent
-from surgery.checkpoint.work import Make, work_through
+from surgery.checkpoint.work import Make, return_pages, work_through
 from surgery.compiler import required
 from surgery.compiler.apply import perform
 from surgery.compiler.record import parameters
@@ -99,6 +99,7 @@ def write(
         resumed(output, work.fingerprint(), work.found.size, force) as (aside, journal),
         Sink(aside, work.found.files, tell=tell) as sink,
     ):
+        return_pages()
         if len(journal.units) < work.units:
             work.streams.prepare(lambda name: work.source.read(work.origins[name]))
         alone = any(step.operation.collective for step in work.plan.steps)  # what is prepared is prepared here

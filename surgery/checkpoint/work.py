@@ -52,7 +52,7 @@ def work_through(worker: Worker, sink: Sink, journal: Journal, jobs: int = 1, ma
         sink.digests.update(line["digests"])
         sink.late.update({name: said.encode() for name, said in line["late"].items()})
         sink.notes.update(line["notes"])
-    _return_pages()
+    return_pages()
     several = jobs > 1 and make is not None and len(left) > 1
     with ExitStack() as stack:
         if several and make is not None:
@@ -67,7 +67,7 @@ def work_through(worker: Worker, sink: Sink, journal: Journal, jobs: int = 1, ma
         _commit(_done(pool, left, do), sink, journal)
 
 
-def _return_pages() -> None:
+def return_pages() -> None:
     """Let the C library, where it is glibc, return freed tensors at once: else each thread keeps some for later."""
     threshold = -3  # M_MMAP_THRESHOLD
     with suppress(OSError, AttributeError, TypeError):
@@ -119,7 +119,7 @@ def _serve(pipe: Connection, make: Make, directory: Path, wanted: bool, threads:
     """Do the units that come through a pipe, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other end decides
     torch.set_num_threads(threads)
-    _return_pages()
+    return_pages()
     worker, told = make(), list[int]()
     with Sink(directory, worker.files, wanted=wanted, tell=told.append) as sink:
         while True:

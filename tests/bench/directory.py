@@ -2,7 +2,7 @@
 
     python -m tests.bench.directory quantize [--layers 22]   # against transformers and bitsandbytes
     python -m tests.bench.directory merge [--layers 22]      # against PEFT, and against a copy of the files
-    python -m tests.bench.directory prune [--layers 22]      # alone: the memory of Wanda's masks, and of a global threshold
+    python -m tests.bench.directory prune [--layers 22]      # alone: the memory of choosing masks
 
 The model is a random bfloat16 Llama (hidden 2048, ffn 5632, 32 heads, 4 of keys and values, vocabulary 32,000) in
 shards of 500 MB; 22 layers have 1.1 billion parameters. It is made once, in the cache of `tests/pretrained.py` or in

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 @force_option
 @base_option
 @jobs_option
+@click.option("--requantize", is_flag=True, help="Encode 4-bit weights again after the merge, in their format.")
 @click.option("--json", "as_json", is_flag=True, help="Print what rounding did to every tensor as JSON.")
-def command(out: str, output: Path, force: bool, base: str | None, jobs: int, as_json: bool) -> None:
+def command(out: str, output: Path, force: bool, base: str | None, jobs: int, requantize: bool, as_json: bool) -> None:
     """Fold the model in OUT into plain weights, in a new directory that `from_pretrained` loads.
 
     Sums are taken wide and rounded once; what that did to the changes is told. What cannot be folded stays beside the
-    weights, and is named.
+    weights, and is named. 4-bit weights come back at full width, or with --requantize in 4 bits.
     """
     from surgery.checkpoint.staging import check_target
 
@@ -43,7 +44,7 @@ def command(out: str, output: Path, force: bool, base: str | None, jobs: int, as
     from surgery.compiler import merge, record_of
 
     manifest = Manifest.read(Path(out))
-    shapes = merged_shapes(Path(out))
+    shapes = merged_shapes(Path(out), requantize)
     roundings: dict[str, Rounding]
     if shapes is not None:
         with progress(f"writing {output}", lambda: total_bytes(Path(out), base)) as tell:
@@ -55,11 +56,14 @@ def command(out: str, output: Path, force: bool, base: str | None, jobs: int, as
     record = record_of(model)
     with progress("merging", lambda: record.plan.places if record else 0) as tell:
         roundings = {}
-        merged = merge(model, report=roundings, tell=tell)
+        merged = merge(model, requantize=requantize, report=roundings, tell=tell)
     with progress(f"writing {output}", lambda: bytes_of(merged)) as tell:
         save_merged(merged, output, source=Path(out), origin=manifest.origin, force=force, tell=tell)
     kept = record_of(merged)
-    for step in kept.plan.steps if kept else ():
+    steps = (
+        [step for step in kept.plan.steps if not (requantize and step.operation.phase == "quantize")] if kept else ()
+    )
+    for step in steps:
         click.echo(f"Kept, since no weight can hold it: {step.statement} ({len(step.parts)} places)", err=as_json)
     _report(roundings, output, as_json)
 

@@ -14,6 +14,7 @@ from surgery.compiler.apply import Tell
 from surgery.compiler.cost import Cost
 from surgery.compiler.plan import Plan, Step
 from surgery.compiler.record import ATTRIBUTE, Record, record_of, remembered
+from surgery.compiler.requantize import has_codes
 from surgery.compiler.some import fold_some, refuse_dependent
 from surgery.compiler.switch import RESTED, check_names, names, refuse_routed, rest
 from surgery.compiler.training import declare, trained
@@ -35,6 +36,7 @@ def merge(
     *,
     only: Sequence[str] = (),
     keep: bool = False,
+    requantize: bool = False,
     report: dict[str, Rounding] | None = None,
     tell: Tell = lambda amount: None,
 ) -> Model:
@@ -43,12 +45,14 @@ def merge(
     Sums are taken in float32 (float64 for float64 models) and rounded once to the dtype that the weight had. 4-bit
     weights come back at that width. Places that no matrix can stand for keep their graph.
     A tensor that was tied to another and changes is untied.
+    requantize: where weights are kept in 4 bits, the sum is encoded again in the same format, and they stay in 4 bits;
+    the step between codes may be larger than the change.
     only: names of the adapters to fold; the others stay attached, on or off as they are. keep: what is needed to take
     the merge out again, to the bit, with `surgery.unmerge(model)`: the rows of the weights that it changes.
     report: gets what rounding did to the change of every tensor, by its name. Where most entries of a change are below
-    half a unit in the last place, and so are lost, a warning is logged.
+    half a unit in the last place, or the error is larger than the change, and so it is lost, a warning is logged.
     Errors: GraphError S310 for a name that the model does not have, S311 when the model was not transformed, S312 when
-    something is switched off, or stays and depends on what would be merged.
+    something is switched off, or stays and depends on what would be merged, S313 to requantize where nothing has codes.
     """
     record = record_of(model)
     if record is None:
@@ -59,6 +63,8 @@ def merge(
         _all_on(model)
     wanted = frozenset(only or names(model))
     sites = [(path, site) for path, site in rewritten(model) if not only or site.branches() & wanted]
+    if requantize:
+        refuse_without_codes(model)
     for path, site in sites:
         refuse_dependent(path, site, wanted)
     kept = before(model) if keep else None
@@ -69,7 +75,10 @@ def merge(
     for path, site in sites:
         try:
             told: dict[str, Rounding] = {}
-            folded[path] = site, fold_some(path, site, wanted, record.plan, slots[id(site)], told)
+            folded[path] = (
+                site,
+                fold_some(path, site, wanted, record.plan, slots[id(site)], told, requantize=requantize),
+            )
             roundings |= named(path, told)
         except NotAffine:
             if site.branches() <= wanted:
@@ -103,6 +112,16 @@ def merge(
     return model
 
 
+def refuse_without_codes(model: nn.Module) -> None:
+    """Errors: GraphError S313 where no weight is kept as codes."""
+    if not any(has_codes(module) for module in model.modules()):
+        raise GraphError.of(
+            "S313",
+            "no weight of this model is kept in 4 bits, there is nothing to requantize",
+            help="merge without it; `quantize` makes codes of plain weights",
+        )
+
+
 def named(path: str, told: Mapping[str, Rounding]) -> dict[str, Rounding]:
     """By the tensors' full names, without those that nothing changes."""
     return {f"{path}.{name}".lstrip("."): one for name, one in told.items() if one.changed}
@@ -114,9 +133,14 @@ def drowned(roundings: Mapping[str, Rounding]) -> str:
     if not found:
         return ""
     share, name = found[-1]
+    if share > 0.5:
+        why, most = "rounding leaves most entries as they were, and their change is lost", f"{share:.0%} of {name}"
+    else:
+        size, name = max((one.relative, name) for name, one in roundings.items())
+        why, most = "the error is larger than the change, which is lost", f"{size:.1f} times in {name}"
     return (
-        f"in {len(found)} of {len(roundings)} merged tensors rounding leaves most entries as they were, and their "
-        f"change is lost ({share:.0%} of {name}): merge into a wider dtype, or keep the adapter apart"
+        f"in {len(found)} of {len(roundings)} merged tensors {why} ({most}): merge into a wider dtype, or keep the "
+        "adapter apart"
     )
 
 
@@ -139,6 +163,8 @@ def _what_is_left(record: Record, model: nn.Module, wanted: frozenset[str], fold
             return False
         if part.path not in folded or part.apart:
             return True
+        if step.operation.phase == "quantize":
+            return has_codes(model.get_submodule(part.path))
         return step.operation.phase == "attach" and (step.statement.name or "default") not in wanted
 
     steps = []

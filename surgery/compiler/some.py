@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from surgery.compiler.plan import Plan
+from surgery.compiler.requantize import has_codes, requantized
 from surgery.errors import GraphError
 from surgery.graph.draft import Draft
 from surgery.graph.fold import fold
@@ -49,16 +50,19 @@ def fold_some(
     plan: Plan,
     slots: Sequence[tuple[nn.Module, str]],
     told: dict[str, Rounding] | None = None,
+    *,
+    requantize: bool = False,
 ) -> nn.Module:
     """The place with these adapters in its weight and the others on it, holding the tensors that they had.
 
-    It is the original module where no others are there. told: as of `fold`. May raise NotAffine, which leaves the site
-    as it was.
+    It is the original module where no others are there; requantize: codes are codes again. told: as of `fold`. May
+    raise NotAffine, which leaves the site as it was.
     """
     state = site.state
     try:
         site.switch(site.branches() - wanted)
-        plain = fold(site, told)
+        codes = requantize and has_codes(site)
+        plain = requantized(path, site, plan, slots, told) if codes else fold(site, told)
     finally:
         site.switch(state[0])
     if site.branches() <= wanted:

@@ -12,7 +12,7 @@ from surgery.graph.matrix import Stored
 from surgery.graph.module import Facts, Rewritten
 from surgery.graph.rounding import Rounding, measured, rounded
 
-_SWITCHING = Lock()  # torch.fx writes code
+TRACING = Lock()  # torch.fx writes code, and replaces functions of other modules while it traces
 
 
 def affine(site: nn.Module, facts: Facts | None) -> Affine:
@@ -46,7 +46,7 @@ def fold(site: Rewritten, told: dict[str, Rounding] | None = None) -> nn.Module:
     facts = site.facts
     value = affine(site, facts)
     assert facts is not None
-    before = _without_branches(site) if told is not None and facts.plain else None
+    before = without_branches(site) if told is not None and facts.plain else None
     module = site.original
     module.train(site.training)
     matrix, offset = value.whole, value.offset
@@ -71,17 +71,17 @@ def fold(site: Rewritten, told: dict[str, Rounding] | None = None) -> nn.Module:
     return module
 
 
-def _without_branches(site: Rewritten) -> Affine | None:
+def without_branches(site: Rewritten) -> Affine | None:
     """The map that the site's branches change; None where there are none that run."""
     if not site.branches() - site.off:
         return None
     state = site.state
-    with _SWITCHING:
+    with TRACING:
         site.switch({None})
     try:
         return affine(site, site.facts)
     finally:
-        with _SWITCHING:
+        with TRACING:
             site.route(*state)
 
 

@@ -38,8 +38,8 @@ class Rounding:
 
     @property
     def drowns(self) -> bool:
-        """Whether most of the change is lost entry by entry."""
-        return self.left_alone > 0.5
+        """Whether the change is lost: most of it entry by entry, or all of it in a larger error."""
+        return self.left_alone > 0.5 or self.relative > 1
 
     def __add__(self, other: Rounding) -> Rounding:
         return Rounding(

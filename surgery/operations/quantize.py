@@ -28,6 +28,7 @@ class Quantize(Operation):
     """Keep a weight as 4-bit codes with one scale per block, and widen it when it is used.
 
     The codes and scales are bitsandbytes' own, byte for byte. Zero is one of the codes, so a pruned weight stays zero.
+    A merge gives full-width weights; `surgery merge --requantize` encodes the sums again.
     """
 
     verb: ClassVar[str] = "quantize"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from surgery.anatomy import select, study
 from surgery.anatomy.parts import Anatomy, Part, Stack
 from surgery.compiler.conflicts import conflicts
+from surgery.compiler.inplace import read_in_place
 from surgery.compiler.shared import at_one_place, elsewhere, standings
 from surgery.compiler.stacks import broken_rows
 from surgery.compiler.training import idle_optimizers, settle
@@ -255,7 +256,7 @@ def _steps(statements: Iterable[Statement], anatomy: Anatomy, model: nn.Module) 
             problems += (replace(each, span=each.span or statement.span) for each in error.diagnostics)
             continue
         warnings += elsewhere(statement, chosen, shared)
-        problems += _misfits(statement, parts)
+        problems += _misfits(statement, parts, anatomy)
         steps.append(Step(statement, parts))
     if problems:
         raise PlanError(*problems)
@@ -332,11 +333,12 @@ def _joined(group: Sequence[Part]) -> Part:
     return replace(first, role=f"{stem}.{names}" if stem else names, channels=channels)
 
 
-def _misfits(statement: Statement, parts: Iterable[Part]) -> list[Diagnostic]:
+def _misfits(statement: Statement, parts: Iterable[Part], anatomy: Anatomy) -> list[Diagnostic]:
     """One diagnostic for each reason, naming the first place and counting the others."""
     reasons: dict[str, list[Part]] = {}
     for part in parts:
-        reason = statement.operation.at(part).fits(part)
+        operation = statement.operation.at(part)
+        reason = operation.fits(part) or (read_in_place(part, anatomy) if operation.rewrites(part) else None)
         if reason is not None:
             reasons.setdefault(reason, []).append(part)
     return [

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.checkpoint import fourbit
+from surgery.checkpoint import eightbit, fourbit
 from surgery.checkpoint.fourbit import Packing
 from surgery.checkpoint.inventory import Held, inventory
 from surgery.checkpoint.layout import FileLayout, Slot, layout, shard_size, shards
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Content:
-    """held: the model's tensors by their first name. packed: what differs for 4-bit weights.
+    """held: the model's tensors by their first name. packed: what differs for codes.
 
     weights: the files that `from_pretrained` reads. added: what the program added; None of a plain model.
     elsewhere: tensors that stay where the base lies, with their names there; then there are no `weights`.
@@ -85,6 +85,8 @@ def content(model: nn.Module, source: Path | None, elsewhere: Mapping[str, str] 
     Errors: S420 for dtypes that safetensors lacks.
     """
     held, packed = inventory(model), fourbit.layout(model)
+    if packed.config is None:  # other readers take 4 bits or 8 from a directory, and not both
+        packed = eightbit.layout(model)
     base: list[Slot] = []
     added: list[Slot] = []
     for name, one in held.items():

@@ -21,7 +21,7 @@ SUFFIXES = {"absmax": "absmax", "nested_absmax": "nested_absmax", "nested_map": 
 
 @dataclass(frozen=True)
 class Packing:
-    """What differs in model.safetensors and config.json where weights are kept in 4 bits; empty where none are.
+    """What differs in model.safetensors and config.json where weights are kept as codes; empty where none are.
 
     keys: name in the model -> name in the file. maps, states: tensors that only other readers want.
     config: `quantization_config`, None where nothing is quantized.
@@ -86,7 +86,9 @@ def layout(model: nn.Module) -> Packing:
         first = first or (format, double, dtype)
     if first is None:
         return Packing()
-    return Packing(keys, maps, states, _config(model, packed, *first))
+    form, double, dtype = first
+    said = {"bnb_4bit_quant_type": form, "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": _name(dtype)}
+    return Packing(keys, maps, states, config(model, packed, {"load_in_4bit": True, **said}))
 
 
 def _quantized(model: nn.Module) -> Iterator[tuple[str, str, fx.Node]]:
@@ -108,7 +110,8 @@ def _codes(format: str) -> Tensor:
     return codes
 
 
-def _config(model: nn.Module, packed: set[str], format: Any, double: bool, dtype: Any) -> dict[str, Any]:
+def config(model: nn.Module, packed: set[str], said: Mapping[str, Any]) -> dict[str, Any]:
+    """`quantization_config` of bitsandbytes. packed: paths of what is in codes. said: what is not at its default."""
     kinds = (torch.nn.Linear, *_conv1d())
     wide = [
         path
@@ -117,16 +120,17 @@ def _config(model: nn.Module, packed: set[str], format: Any, double: bool, dtype
     ]
     return {
         "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
+        "load_in_4bit": False,
         "load_in_8bit": False,
-        "bnb_4bit_quant_type": format,
-        "bnb_4bit_use_double_quant": double,
-        "bnb_4bit_compute_dtype": _name(dtype),
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": "float32",
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": wide,
         "llm_int8_threshold": 6.0,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
+        **said,
     }
 
 

@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 @force_option
 @base_option
 @jobs_option
-@click.option("--requantize", is_flag=True, help="Encode 4-bit weights again after the merge, in their format.")
+@click.option(
+    "--requantize", is_flag=True, help="Encode weights that were codes again after the merge, in their format."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what rounding did to every tensor as JSON.")
 def command(out: str, output: Path, force: bool, base: str | None, jobs: int, requantize: bool, as_json: bool) -> None:
     """Fold the model in OUT into plain weights, in a new directory that `from_pretrained` loads.
 
     Sums are taken wide and rounded once; what that did to the changes is told. What cannot be folded stays beside the
-    weights, and is named. 4-bit weights come back at full width, or with --requantize in 4 bits.
+    weights, and is named. Codes come back at full width, or with --requantize as codes.
     """
     from surgery.checkpoint.staging import check_target
 

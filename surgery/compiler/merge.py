@@ -42,11 +42,11 @@ def merge(
 ) -> Model:
     """Fold what the program attached into the weights, in place; the same object comes back.
 
-    Sums are taken in float32 (float64 for float64 models) and rounded once to the dtype that the weight had. 4-bit
-    weights come back at that width. Places that no matrix can stand for keep their graph.
+    Sums are taken in float32 (float64 for float64 models) and rounded once to the dtype that the weight had. Weights
+    that are kept as codes come back at that width. Places that no matrix can stand for keep their graph.
     A tensor that was tied to another and changes is untied.
-    requantize: where weights are kept in 4 bits, the sum is encoded again in the same format, and they stay in 4 bits;
-    the step between codes may be larger than the change.
+    requantize: where weights are kept as codes, the sum is encoded again in the same format, and they stay codes; the
+    step between codes may be larger than the change.
     only: names of the adapters to fold; the others stay attached, on or off as they are. keep: what is needed to take
     the merge out again, to the bit, with `surgery.unmerge(model)`: the rows of the weights that it changes.
     report: gets what rounding did to the change of every tensor, by its name. Where most entries of a change are below
@@ -117,7 +117,7 @@ def refuse_without_codes(model: nn.Module) -> None:
     if not any(has_codes(module) for module in model.modules()):
         raise GraphError.of(
             "S313",
-            "no weight of this model is kept in 4 bits, there is nothing to requantize",
+            "no weight of this model is kept as codes, there is nothing to requantize",
             help="merge without it; `quantize` makes codes of plain weights",
         )
 

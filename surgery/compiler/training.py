@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def settle(steps: Sequence[Step], model: nn.Module) -> tuple[tuple[Step, ...], tuple[str, ...]]:
     """The steps with every training one less what is frozen, and what to warn of.
 
-    Errors: PlanError S114 where a 4-bit weight would be trained, S115 where nothing is left to train.
+    Errors: PlanError S114 where a weight kept as codes would be trained, S115 where nothing is left to train.
     """
     freezing = {_key(model, part): step for step in steps if step.operation.freezes for part in step.parts}
     used: set[object] = set()
@@ -140,7 +140,7 @@ def _quantized(step: Step, parts: Sequence[Part], steps: Sequence[Step]) -> list
             found.append(
                 Diagnostic(
                     "S114",
-                    f"`{step.statement}` trains what `{other.statement}` keeps in 4 bits: {both[0].path}",
+                    f"`{step.statement}` trains what `{other.statement}` keeps as codes: {both[0].path}",
                     _newer(step, other).statement.span,
                     label=f"{len(both)} such place{'s' * (len(both) > 1)}; {_other(step, other)}",
                     help="leave the place out of one of them with `except`, or train `lora` on it",

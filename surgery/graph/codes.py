@@ -1,4 +1,4 @@
-"""4-bit codes in a graph: widen them, and multiply by what they stand for without keeping it (bitsandbytes' layout)."""
+"""Codes in a graph, 4 bits or 8: widen them, and multiply by what they stand for without keeping it (bitsandbytes)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from surgery.graph.functions import linear_as
 
 NESTED_BLOCK = 256
+LARGEST = 127  # of 8-bit codes
 
 
 def register() -> None:
@@ -80,15 +81,44 @@ def dequantize_4bit(
     return weight
 
 
+def encode_8bit(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' int8 codes of a (out, in) weight, and the largest magnitude of each row (LLM.int8, Dettmers 2022).
+
+    As there, the weight is narrowed to float16 first, where that can hold it. A row of zeros has codes of zero.
+    """
+    narrow = weight.to(torch.float16)
+    if not bool(narrow.isfinite().all()):
+        narrow = weight.to(torch.float32)
+    absmax = narrow.abs().amax(dim=1).to(torch.float32)
+    steps = torch.where(absmax > 0, LARGEST / absmax, 0.0)
+    return (narrow * steps.unsqueeze(1)).round().to(torch.int8), absmax
+
+
+def dequantize_8bit(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The (out, in) weight of int8 codes (out, in) and the magnitudes of their rows, in `dtype`."""
+    return codes.to(dtype).mul_(absmax.unsqueeze(1).mul(1.0 / LARGEST))
+
+
+DEQUANTIZE = (dequantize_4bit, dequantize_8bit)
+"""What widens codes; the dtype is the last argument."""
+
+
+def _dequantize(state: tuple[Any, ...]) -> Tensor:
+    return dequantize_8bit(*state) if len(state) == 3 else dequantize_4bit(*state)
+
+
 def quantized_linear(x: Any, bias: Tensor | None, compute: torch.dtype | None, *state: Any) -> Any:
-    """dequantize_4bit(*state) x + bias; the backward pass dequantizes again instead of keeping the wide weight."""
+    """The widened codes times x, + bias; the backward pass dequantizes again instead of keeping the wide weight.
+
+    state: arguments of one of `DEQUANTIZE`.
+    """
     if not isinstance(x, Tensor) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _wide_linear(x, bias, compute, state)
     return QuantizedLinear.apply(x, bias, compute, *state)  # type: ignore[no-untyped-call]
 
 
 def _wide_linear(x: Any, bias: Tensor | None, compute: torch.dtype | None, state: tuple[Any, ...]) -> Any:
-    weight = dequantize_4bit(*state)
+    weight = _dequantize(state)
     return linear_as(x, weight, bias, compute or x.dtype)
 
 
@@ -108,8 +138,6 @@ class QuantizedLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         g = gradients[0]
         dtype = ctx.compute or ctx.dtype
-        grad_x = (
-            (g.to(dtype) @ dequantize_4bit(*ctx.state).to(dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        )
+        grad_x = (g.to(dtype) @ _dequantize(ctx.state).to(dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None, *(None for _ in ctx.state)

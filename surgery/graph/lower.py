@@ -1,7 +1,7 @@
 """From the graph that methods write to the graph that runs: neighbouring nodes become one where one is faster.
 
 The canonical graph says `linear`, `dequantize`, `low_rank` and `add` as methods wrote them. Here a frozen linear map
-and the low-rank branch on its output become one function with its own gradient, and a linear map over 4-bit codes one
+and the low-rank branch on its output become one function with its own gradient, and a linear map over codes one
 that dequantizes again in the backward pass. The value is the same; the canonical graph is kept for later edits.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import fx
 
-from surgery.graph.codes import dequantize_4bit, quantized_linear
+from surgery.graph.codes import DEQUANTIZE, quantized_linear
 from surgery.graph.functions import add_branch, linear_as, low_rank, low_rank_linear
 
 
@@ -37,9 +37,9 @@ def _replace(graph: fx.Graph, node: fx.Node, target: object, args: tuple[object,
 
 
 def _over_codes(graph: fx.Graph, node: fx.Node) -> None:
-    """linear(x, dequantize_4bit(state), bias) -> quantized_linear(x, bias, compute, state)"""
+    """linear(x, dequantize(state), bias) -> quantized_linear(x, bias, compute, state)"""
     x, weight, bias = (*node.args, None)[:3]
-    if not isinstance(weight, fx.Node) or weight.target is not dequantize_4bit:
+    if not isinstance(weight, fx.Node) or weight.target not in DEQUANTIZE:
         return
     compute = node.args[3] if node.target is linear_as else None
     _replace(graph, node, quantized_linear, (x, bias, compute, *weight.args))

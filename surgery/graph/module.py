@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.graph.codes import dequantize_4bit
+from surgery.graph.codes import DEQUANTIZE
 from surgery.graph.lower import lower
 from surgery.graph.routing import PREFIX, Rows, routed
 
@@ -218,7 +218,7 @@ class Rewritten(fx.GraphModule):
 
     def _widen_codes_to(self, dtype: torch.dtype) -> None:
         """Let codes become weights of the dtype that the rest of the model has now, as they will when it is loaded."""
-        nodes = [node for node in self.full.nodes if node.target is dequantize_4bit]
+        nodes = [node for node in self.full.nodes if node.target in DEQUANTIZE]
         for node in nodes:
             node.args = (*node.args[:-1], dtype)
         if nodes:

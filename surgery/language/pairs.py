@@ -38,7 +38,7 @@ def pair(one: Statement, other: Statement) -> Pair:
         return Pair("+")
     for first, second in ((one, other), (other, one)):
         if first.operation.phase == "quantize" and second.operation.trains(LINEAR):
-            return Pair("-", "one keeps in 4 bits what the other trains")
+            return Pair("-", "one keeps as codes what the other trains")
         if first.operation.freezes and second.operation.trains(LINEAR):
             return Pair("-", "one takes out all that the other trains")
     common = _common(one, other, None)

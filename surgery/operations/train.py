@@ -25,7 +25,7 @@ class Train(Operation):
     A role means weights and biases; `bias` means every bias, of linear maps and norms; layers and paths mean whatever
     lies there. Exactly what the program says is trained, less what `freeze` takes out. A tensor in two places is
     trained in both. The trained values are the model's own: switching off, and a merge, leave them as they are. A
-    pruned weight keeps its zeros; a 4-bit weight cannot be trained.
+    pruned weight keeps its zeros; a quantized weight cannot be trained.
     """
 
     verb: ClassVar[str] = "train"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from surgery.anatomy.parts import Part
 from surgery.compiler.plan import Step
 from surgery.graph.affine import NotAffine
-from surgery.graph.codes import dequantize_4bit
+from surgery.graph.codes import DEQUANTIZE, LARGEST, dequantize_4bit, dequantize_8bit, encode_8bit
 from surgery.graph.draft import Draft
 from surgery.graph.fold import fold
 from surgery.graph.functions import linear_as
@@ -108,25 +109,35 @@ def off_means_off(subject: Subject) -> Iterator[Finding]:
 
 
 def exact_codes(subject: Subject) -> Iterator[Finding]:
-    """4-bit codes are a fixed point of bitsandbytes' encoder: what they stand for encodes to the same values."""
-    import bitsandbytes.functional as bnb
-
+    """Codes are a fixed point of bitsandbytes' encoder: what they stand for encodes to the same values."""
     for place in subject.places:
         draft = Draft(place.module, place.path, _parameter(place))
         for node in draft.graph.nodes:
-            if node.target is not dequantize_4bit:
+            if node.target not in DEQUANTIZE:
                 continue
-            packed, absmax, _, _, _, form, block, shape, _ = (
+            state = tuple(
                 draft.evaluate(each).detach() if isinstance(each, torch.fx.Node) else each for each in node.args
             )
-            # With every scale at one: double quantization may give a block a scale of zero or below.
-            unit = torch.ones(absmax.numel(), device=absmax.device)
-            state = (unit, None, None, None, form, block, shape, torch.float32)
-            wide = dequantize_4bit(packed, *state)
-            codes, _ = bnb.quantize_4bit(wide.contiguous(), blocksize=block, quant_type=form)
-            again = dequantize_4bit(codes, *state)
-            wrong = int((again != wide).sum())
+            wrong = _moved_8bit(*state) if node.target is dequantize_8bit else _moved_4bit(*state)
             yield Finding("exact_codes", place.path, wrong, 0.0, place.statements(), "weights", "", place.sites)
+
+
+def _moved_4bit(packed: Tensor, absmax: Tensor, *state: Any) -> int:
+    import bitsandbytes.functional as bnb
+
+    form, block, shape = state[3:6]
+    # With every scale at one: double quantization may give a block a scale of zero or below.
+    unit = torch.ones(absmax.numel(), device=absmax.device)
+    rest = (unit, None, None, None, form, block, shape, torch.float32)
+    wide = dequantize_4bit(packed, *rest)
+    codes, _ = bnb.quantize_4bit(wide.contiguous(), blocksize=block, quant_type=form)
+    return int((dequantize_4bit(codes, *rest) != wide).sum())
+
+
+def _moved_8bit(packed: Tensor, absmax: Tensor, _: Any) -> int:
+    # With the magnitude of every row at the largest code, so that weights are whole numbers.
+    again, _found = encode_8bit(dequantize_8bit(packed, torch.full_like(absmax, LARGEST), torch.float32))
+    return int((again != packed).sum())
 
 
 def _finding(place: Place, error: float, bound: float, note: str) -> Finding:

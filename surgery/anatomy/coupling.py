@@ -76,7 +76,7 @@ class Coupling:
         """What is divided by unit in front of a projection, by the index that each number reaches."""
         table: Table = {}
         for product in reach.products:
-            self.rows(table, product, _alike(_rows(product, codes[product.node])))
+            self.rows(table, product, alike(rows(product, codes[product.node])))
         for leaf in reach.leaves:
             self.leaf(table, leaf, codes[leaf], reader.node)
         return table
@@ -189,7 +189,7 @@ class Coupling:
         name = self.flow.stores.name(leaf, reader)
         for axis in range(codes.dim()):
             lines = codes.movedim(axis, 0).reshape(codes.shape[axis], -1)
-            units = _alike(lines.t())
+            units = alike(lines.t())
             if not bool((units == SEVERAL).any()):
                 path, _, parameter = name.rpartition(".")
                 _put(table, Axis.of(path, parameter, axis, units.tolist()))
@@ -216,7 +216,7 @@ def _put(table: Table, axis: Axis) -> None:
     table[axis.name, axis.axis] = Axis.of(axis.path, axis.parameter, axis.axis, list(map(max, both)))
 
 
-def _alike(codes: Tensor) -> Tensor:
+def alike(codes: Tensor) -> Tensor:
     """(rows, channels) to the code of each channel: what its numbers say, SEVERAL where they differ."""
     top = codes.max(0).values
     same = ((codes == top) | (codes == NONE)).all(0)
@@ -226,10 +226,10 @@ def _alike(codes: Tensor) -> Tensor:
 
 def _any(product: Product, touched: Tensor) -> Tensor:
     """(heads, *shape of the product) to (heads, channels)."""
-    return torch.stack([_rows(product, head).any(0) for head in touched])
+    return torch.stack([rows(product, head).any(0) for head in touched])
 
 
-def _rows(product: Product, value: Tensor) -> Tensor:
+def rows(product: Product, value: Tensor) -> Tensor:
     """(tokens, channels) of a tensor shaped like what a product gives."""
     return value.flatten(0, -2) if product.kind == "lookup" else rows_of(product, value)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-Kind = Literal["neurons", "heads"]
+Kind = Literal["neurons", "heads", "channels"]
 TABLES = ("readers", "writers", "shared")
 
 
@@ -59,12 +59,29 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Units that can be cut one by one: the neurons of a feed-forward network, the query heads of an attention.
+class Norm:
+    """A module that divides the channels by what it computes of them all.
 
-    readers: of the projections that read the units (`ffn.down`, `attn.o`); several where layers share a tensor.
-    writers: of everything else, by unit. shared: by key-value group; `of` is the key-value group of each query head,
-    where several share one.
+    gain: its parameter by which it multiplies, "" for none; it multiplies by `offset` + gain. eps: its attribute that
+    is added to the mean square, "" where none is known. exact: with fewer channels it computes the same as with those
+    at zero, once gain and eps are rescaled; a LayerNorm, whose mean is another one, does not.
+    """
+
+    path: str
+    gain: str = ""
+    offset: float = 0.0
+    eps: str = ""
+    was: float = 0.0
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that can be cut one by one: neurons of a feed-forward network, query heads, channels of a residual stream.
+
+    readers: of the projections that read the units (`ffn.down`, `attn.o`); several where layers share a tensor, and all
+    that read the stream. writers: of everything else, by unit. shared: by key-value group; `of` is the key-value group
+    of each query head, where several share one. norms: those that the channels go through on the way to their readers.
     """
 
     kind: Kind
@@ -73,6 +90,12 @@ class Group:
     writers: tuple[Axis, ...]
     shared: tuple[Axis, ...] = ()
     of: tuple[int, ...] = ()
+    norms: tuple[Norm, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether fewer units compute the same as all with the others at zero."""
+        return all(norm.exact for norm in self.norms)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -95,30 +118,38 @@ class Group:
         readers, writers, shared = (
             tuple(replace(axis, path=_moved(axis.path, before, after)) for axis in table) for table in tables
         )
-        return replace(self, readers=readers, writers=writers, shared=shared)
+        norms = tuple(replace(norm, path=_moved(norm.path, before, after)) for norm in self.norms)
+        return replace(self, readers=readers, writers=writers, shared=shared, norms=norms)
 
     def to_json(self) -> dict[str, Any]:
         """Fields that are not empty."""
         data: dict[str, Any] = {"kind": self.kind, "count": self.count}
         for name in TABLES:
             data |= {name: [_axis_json(axis) for axis in getattr(self, name)]} if getattr(self, name) else {}
+        data |= {"norms": [list(astuple(norm)) for norm in self.norms]} if self.norms else {}
         return data | ({"of": list(self.of)} if self.of else {})
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Group:
         readers, writers, shared = (tuple(map(_read_axis, data.get(name, ()))) for name in TABLES)
-        return cls(data["kind"], data["count"], readers, writers, shared, tuple(data.get("of", ())))
+        norms = tuple(Norm(*norm) for norm in data.get("norms", ()))
+        return cls(data["kind"], data["count"], readers, writers, shared, tuple(data.get("of", ())), norms)
 
 
-def joined(groups: Iterable[Group]) -> list[Group]:
+def joined(groups: Iterable[Group], tensor: Callable[[str], object] = str) -> list[Group]:
     """Groups that have an axis in common are one, since no unit of the one can be cut without the other's.
 
+    tensor: what a name stands for, where some stand for the same.
     Errors: ValueError, with the name of the tensor, where they do not divide it alike.
     """
+
+    def divided(group: Group) -> set[tuple[object, int]]:
+        return {(tensor(axis.name), axis.axis) for axis in (*group.axes, *group.shared)}
+
     found: list[Group] = []
     for group in groups:
-        mine = {(axis.name, axis.axis) for axis in (*group.axes, *group.shared)}
-        touching = [each for each in found if mine & {(axis.name, axis.axis) for axis in (*each.axes, *each.shared)}]
+        mine = divided(group)
+        touching = [each for each in found if mine & divided(each)]
         for other in touching:
             found.remove(other)
             group = _one(other, group)
@@ -137,7 +168,8 @@ def _one(first: Group, second: Group) -> Group:
                 raise ValueError(axis.name)
         tables.append(tuple(merged.values()))
     readers, writers, shared = tables
-    return Group(first.kind, first.count, readers, writers, shared, first.of)
+    norms = tuple(dict.fromkeys((*first.norms, *second.norms)))
+    return Group(first.kind, first.count, readers, writers, shared, first.of, norms)
 
 
 def _moved(path: str, before: str, after: str) -> str:

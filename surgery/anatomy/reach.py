@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from surgery.anatomy.flow import Call
-from surgery.anatomy.probe import Unknown, dtype_of
+from surgery.anatomy.probe import Probe, Unknown, dtype_of
 from surgery.anatomy.products import Product
 from surgery.anatomy.roles import Roles
 from surgery.anatomy.trace import owner
@@ -33,11 +33,13 @@ class Reach:
     products, calls: projections, lookups and attention calls. leaves: stored tensors that come in on the way.
     """
 
-    def __init__(self, roles: Roles, target: fx.Node, reader: fx.Node) -> None:
+    def __init__(self, roles: Roles, target: fx.Node, reader: fx.Node, stops: set[fx.Node] | None = None) -> None:
+        """stops: where it starts at the latest; at the stream, unless said otherwise."""
         self.roles, self.flow, self.trace = roles, roles.flow, roles.flow.trace
+        self.probe: Probe = roles.probe
         self.target, self.reader = target, reader
         self.written = self.trace.writes.get((reader, target), [])
-        self.stops = (self.flow.boundaries | self.flow.stream) - {target}
+        self.stops = (self.flow.boundaries | self.flow.stream if stops is None else stops) - {target}
         self.products: list[Product] = []
         self.calls: list[Call] = []
         self.leaves: list[fx.Node] = []
@@ -79,8 +81,8 @@ class Reach:
 
     def values(self, sign: float = 1.0) -> tuple[dict[fx.Node, Tensor], Tensor]:
         """Live random numbers where the stretch starts, and what it makes of them."""
-        known = {node: (self.roles.probe.random(node) * sign).requires_grad_() for node in self.starts}
-        value = self.roles.probe.run([*self.written, self.target], known, self.stops)[-1]
+        known = {node: (self.probe.random(node) * sign).requires_grad_() for node in self.starts}
+        value = self.probe.run([*self.written, self.target], known, self.stops)[-1]
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise Unknown(self.target.name)
         return known, value

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from surgery.anatomy.coupling import Coupling
 from surgery.anatomy.groups import Group, Kind
+from surgery.anatomy.roles import Roles
+from surgery.anatomy.streams import Streams
 from surgery.anatomy.study import studied
 
 
@@ -17,5 +18,10 @@ def coupled(model: nn.Module, kind: Kind, example_inputs: Any = None) -> tuple[l
     Arguments and errors as of `study`, and ModelError S208 where layers share a tensor and divide it differently.
     """
     with studied(model, example_inputs) as roles:
-        coupling = Coupling(roles)
-        return coupling.find(kind), coupling.refused
+        return groups_of(roles, kind)
+
+
+def groups_of(roles: Roles, kind: Kind) -> tuple[list[Group], dict[str, str]]:
+    """The same of a model that is studied already."""
+    coupling = Streams(roles)
+    return coupling.channels() if kind == "channels" else coupling.find(kind), coupling.refused

@@ -58,7 +58,7 @@ def like(model: nn.Module, changes: Sequence[Change], shapes: Mapping[str, torch
                 yield made
 
 
-def _say(model: nn.Module, fields: dict[str, Any], now: dict[int, int]) -> None:
+def _say(model: nn.Module, fields: dict[str, Any], now: dict[float, float]) -> None:
     """Set the fields everywhere; in a copy where one means another stack, what that stack has become."""
     first, *others = configurations(model)
     for config in others:
@@ -87,8 +87,9 @@ def _choices(config: Any, changes: Sequence[Change]) -> Iterator[dict[str, Any]]
         yield fields
 
 
-def _candidates(config: Any, value: int) -> list[str]:
-    return [name for name, held in vars(config).items() if type(held) is int and held == value and name[0] != "_"]
+def _candidates(config: Any, value: float) -> list[str]:
+    alike = type(value)
+    return [name for name, held in vars(config).items() if type(held) is alike and held == value and name[0] != "_"]
 
 
 def _subsets(names: Sequence[str]) -> Iterable[tuple[str, ...]]:
@@ -103,6 +104,8 @@ def _made(cls: type[nn.Module], config: Any, fields: dict[str, Any]) -> nn.Modul
     try:
         for name, value in fields.items():
             setattr(tried, name, value)
+        if hasattr(tried, "validate"):
+            tried.validate()  # as it is when it is written and read
         with torch.device("meta"):
             return cls(tried)
     except Exception:  # whatever a family's own code says to numbers that do not go together

@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from surgery.anatomy.groups import Axis, Group
 from surgery.anatomy.inputs import example
+from surgery.anatomy.norms import rescaled
 from surgery.errors import GraphError, ModelError
+from surgery.graph import partial
 from surgery.graph.calibration import quiet
 
 STATED = {
@@ -92,16 +94,28 @@ def cut(model: nn.Module, cuts: Sequence[Cut], inputs: Any = None, *, check: boo
     if given is None:
         narrow(model, cuts)
         return
-    with masked(model, cuts):
-        wanted = _output(model, given)
+    by_norms = any(cut.group.norms for cut in cuts)
+    if by_norms:  # what they compute of all channels cannot be masked from outside
+        whole = copy.deepcopy(model)
+        _change(whole, staying(cuts), _zeroed)
+    else:
+        with masked(model, cuts):
+            wanted = _output(model, given)
     narrow(model, cuts)
     try:
         found = _output(model, given)
     except Exception as error:
         raise _unequal(cuts, f"it cannot run ({error})") from error
+    if by_norms:
+        with partial.looking_at(whole, partial.narrow_norms(model, cuts)):
+            wanted = _output(whole, given)
     # Rounding is some eps of the whole; a wrong row is of its size. (Single numbers of 16 bits may be off by more.)
     if found.shape != wanted.shape or _size(found - wanted) > _size(wanted) * _eps(wanted) ** 0.5:
         raise _unequal(cuts, "it gives other numbers")
+
+
+def _zeroed(tensor: Tensor, axis: int, index: Tensor, full: int) -> Tensor:
+    return torch.zeros_like(tensor).index_copy(axis, index, tensor.index_select(axis, index))
 
 
 def _unequal(cuts: Sequence[Cut], what: str) -> GraphError:
@@ -141,6 +155,7 @@ def narrow(model: nn.Module, cuts: Sequence[Cut]) -> None:
     Every tensor that changes is a new one. Errors: GraphError S332 where a tensor is also used elsewhere.
     """
     _change(model, staying(cuts), lambda tensor, axis, index, full: tensor.index_select(axis, index))
+    _rescale(model, cuts)
     _state(model, [size for cut in cuts for size in cut.sizes])
 
 
@@ -152,6 +167,7 @@ def widen(model: nn.Module, cuts: Sequence[Cut]) -> None:
         shape[axis] = full
         return tensor.new_zeros(shape).index_copy(axis, index, tensor)
 
+    _rescale(model, cuts, back=True)
     _change(model, staying(cuts), padded)
     _state(model, [replace(size, was=size.now, now=size.was) for cut in cuts for size in cut.sizes])
 
@@ -201,8 +217,9 @@ def _change(
     """Replace tensors under all their names."""
     names = _names(model)
     made: dict[int, Tensor] = {}
+    tensors = {name: tensor_of(model, name) for name in left}
     for name, axes in left.items():
-        tensor = tensor_of(model, name)
+        tensor = tensors[name]
         others = [other for other in names[id(tensor)] if not _covered(model, other, axes, left)]
         if others:
             raise GraphError.of(
@@ -251,6 +268,14 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     return found
 
 
+def _rescale(model: nn.Module, cuts: Sequence[Cut], back: bool = False) -> None:
+    """Let the norms of fewer channels divide by what they did, or `back`."""
+    for each in cuts:
+        ratio = each.group.count / len(each.kept)
+        for norm in each.group.norms:
+            rescaled(model.get_submodule(norm.path), norm, 1 / ratio if back else ratio)
+
+
 def _put(model: nn.Module, name: str, tensor: Tensor, axes: dict[int, Any]) -> None:
     path, _, local = name.rpartition(".")
     module = model.get_submodule(path)
@@ -259,16 +284,21 @@ def _put(model: nn.Module, name: str, tensor: Tensor, axes: dict[int, Any]) -> N
         if isinstance(module, kind) and local == "weight":
             for axis in axes:
                 setattr(module, stated[axis], tensor.shape[axis])
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = tuple(tensor.shape)
 
 
 def _state(model: nn.Module, sizes: Sequence[Size]) -> None:
     """Set attributes, and fields of configurations: of the common one where all modules of a class agree."""
+    module: Any
     for size in sizes:
         if not size.name.startswith(CONFIG):
-            setattr(model.get_submodule(size.path), size.name, size.now)
+            module = model.get_submodule(size.path)
+            one = isinstance(getattr(module, size.name), tuple)
+            setattr(module, size.name, (size.now,) if one else size.now)
     told = {(size.path, size.name): size.now for size in sizes if size.name.startswith(CONFIG)}
     for (path, name), now in told.items():
-        module: Any = model.get_submodule(path)
+        module = model.get_submodule(path)
         alike = [other for other, each in model.named_modules() if type(each) is type(module)]
         if not all(told.get((other, name)) == now for other in alike):
             module.config = copy.deepcopy(module.config)

@@ -15,8 +15,8 @@ from surgery.anatomy.parts import Anatomy, Stack
 class Change:
     """A number of the configuration that was `was` is `now`; a list of so many entries has `kept` of them, in order."""
 
-    was: int
-    now: int
+    was: float
+    now: float
     kept: tuple[int, ...] | None = None
 
 
@@ -42,7 +42,7 @@ class Shaping:
     last: list[Callable[[Shaping], object]] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
 
-    def resized(self, was: int, now: int, kept: Sequence[int] | None = None) -> None:
+    def resized(self, was: float, now: float, kept: Sequence[int] | None = None) -> None:
         """Tell that some number of the configuration has changed."""
         change = Change(was, now, None if kept is None else tuple(kept))
         if change not in self.changes:

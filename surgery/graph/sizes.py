@@ -6,6 +6,7 @@ same rows of the same tensors, in the same order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, product
@@ -19,7 +20,9 @@ from surgery.anatomy.groups import Group
 from surgery.anatomy.inputs import example
 from surgery.anatomy.shadow import shadow
 from surgery.anatomy.stacks import Lists
-from surgery.anatomy.units import coupled
+from surgery.anatomy.streams import literals
+from surgery.anatomy.study import studied
+from surgery.anatomy.units import groups_of
 from surgery.errors import GraphError, ModelError
 from surgery.graph.configuration import like
 from surgery.graph.cutting import CONFIG, STATED, Cut, Size, narrow, staying, tensor_of
@@ -27,6 +30,7 @@ from surgery.graph.shaping import Change
 
 MOST = 48
 """Choices of sizes that are tried."""
+NORMS = (nn.LayerNorm, nn.RMSNorm)  # they state the shape of their weight
 Key = tuple[str, str]  # a module's path within its part of the layer, and an attribute
 
 
@@ -39,11 +43,12 @@ def with_sizes(model: nn.Module, cuts: Sequence[Cut], changes: Sequence[Change],
     """
     lists = Lists(model)
     cuts = [cut.leftmost() for cut in cuts]
-    found = [_candidates(model, cut, lists) for cut in cuts]
+    found, fixed = zip(*(_candidates(model, cut, lists) for cut in cuts), strict=True)
     reason = ""
+    before = _literals(model, inputs) if any(cut.group.norms for cut in cuts) else None
     for sizes in chain(_suggested(model, cuts, changes, found), _tried(found)):
-        sized = [replace(cut, sizes=tuple(each)) for cut, each in zip(cuts, sizes, strict=True)]
-        fault = _fault(model, sized, inputs)
+        sized = [replace(cut, sizes=(*each, *more)) for cut, each, more in zip(cuts, sizes, fixed, strict=True)]
+        fault = _fault(model, sized, inputs, before)
         if fault is None:
             return sized
         reason = reason or fault
@@ -95,32 +100,62 @@ def _tried(found: Found) -> Iterator[list[list[Size]]]:
         yield [list(_sizes(each, choice)) for each in found]
 
 
-def _candidates(model: nn.Module, cut: Cut, lists: Lists) -> dict[Key, Candidate]:
-    """Among the modules around what is cut."""
+def _candidates(model: nn.Module, cut: Cut, lists: Lists) -> tuple[dict[Key, Candidate], list[Size]]:
+    """Among the modules around what is cut; and those of which it is clear what they state."""
     changes = _changes(cut)
     found: dict[Key, Candidate] = {}
+    fixed: list[Size] = []
+    owned: dict[str, dict[int, int]] = {}
+    for axis, left in cut.staying():
+        if [matrix.dim() for matrix in _matrices(model.get_submodule(axis.path))] == [2]:
+            owned.setdefault(axis.path, {})[axis.axis] = len(left)
     by_place: dict[Any, list[str]] = {}
-    for axis in (*cut.group.axes, *cut.group.shared):
-        by_place.setdefault(lists.place(axis.path), []).append(axis.path)
+    cut_at = [axis.path for axis in (*cut.group.axes, *cut.group.shared)]
+    for path in (*cut_at, *(norm.path for norm in cut.group.norms)):
+        by_place.setdefault(lists.place(path), []).append(path)
     for paths in by_place.values():
         top = _common(paths)
-        around = {top} | {outer for path in paths for outer in _outer(path) if f"{outer}.".startswith(f"{top}.")}
+        inside = {outer for path in paths for outer in _outer(path)}
+        around = {top} | {outer for outer in inside if not top or f"{outer}.".startswith(f"{top}.")}
         for path in sorted(around):
             module = model.get_submodule(path)
-            if type(module) in STATED:
+            if type(module) in STATED or (isinstance(module, NORMS) and module._parameters.get("weight") is not None):
                 continue
+            known = _by_axis(model, type(module)) if path in owned else {}
             for name, value in _numbers(module):
+                if name in known:
+                    if known[name] in owned[path]:
+                        fixed.append(Size(path, name, value, owned[path][known[name]]))
+                    continue
                 if value in changes and not _counts(model, module, name, lists):
                     key = (path[len(top) :], name)
                     one = found.setdefault(key, Candidate(value, tuple(sorted(changes[value])), []))
                     one.paths += [path] if value == one.was else []
-    return found
+    return found, fixed
+
+
+def _matrices(module: nn.Module) -> list[torch.Tensor]:
+    return [tensor for tensor in module._parameters.values() if tensor is not None and tensor.dim() > 1]
+
+
+def _by_axis(model: nn.Module, kind: type[nn.Module]) -> dict[str, int]:
+    """Attributes of a class that state one axis of its one matrix, wherever there is one."""
+    found: dict[str, set[int]] = {}
+    for module in model.modules():
+        if type(module) is kind:
+            shape = _matrices(module)[0].shape if len(_matrices(module)) == 1 else ()
+            for name, value in _numbers(module):
+                axes = {axis for axis, size in enumerate(shape) if size == value}
+                found[name] = found[name] & axes if name in found else axes
+    return {name: min(axes) for name, axes in found.items() if len(axes) == 1}
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
     for name, value in vars(module).items():
         if type(value) is int and name[0] != "_":
             yield name, value
+        elif type(value) is tuple and len(value) == 1 and type(value[0]) is int:  # a norm's shape
+            yield name, value[0]
     config: Any = vars(module).get("config")
     if hasattr(config, "to_dict"):
         for name, value in vars(config).items():
@@ -180,17 +215,24 @@ def _sizes(candidates: Mapping[Key, Candidate], choice: Mapping[Key, int]) -> It
             yield from (Size(path, key[1], one.was, now) for path in one.paths)
 
 
-def _fault(model: nn.Module, cuts: Sequence[Cut], inputs: Any) -> str | None:
-    """What is wrong with the model after these cuts; None when it is right."""
+def _fault(model: nn.Module, cuts: Sequence[Cut], inputs: Any, before: Sequence[float] | None = None) -> str | None:
+    """What is wrong with the model after these cuts; None when it is right.
+
+    before: the numbers in its code, where some may be made of a size.
+    """
     double = shadow(model, once=False).module
     narrow(double, cuts)
     fault = _stumbles(double, inputs)
     if fault is not None:
         return fault
     try:
-        groups, refused = coupled(double, cuts[0].group.kind, inputs)
+        with studied(double, inputs) as roles:
+            groups, refused = groups_of(roles, cuts[0].group.kind)
+            numbers = literals(roles.flow) if before is not None else None
     except ModelError as error:
         return error.diagnostics[0].message
+    if numbers is not None and before is not None and not _only_norms(before, numbers, cuts):
+        return "a number in its forward is made of the width"
     by_reader = {place: group for group in groups for place in group.places}
     for cut in cuts:
         place = cut.group.places[0]
@@ -199,6 +241,20 @@ def _fault(model: nn.Module, cuts: Sequence[Cut], inputs: Any) -> str | None:
         if not _same(by_reader[place], cut):
             return f"{place} would read other rows than it did"
     return None
+
+
+def _literals(model: nn.Module, inputs: Any) -> list[float]:
+    with studied(model, inputs) as roles:
+        return literals(roles.flow)
+
+
+def _only_norms(before: Sequence[float], after: Sequence[float], cuts: Sequence[Cut]) -> bool:
+    """Whether no number in the code is another one but what norms add."""
+    ratios = {cut.group.count / len(cut.kept) for cut in cuts}
+    return len(before) == len(after) and all(
+        one == other or any(math.isclose(one * ratio, other, rel_tol=1e-9) for ratio in ratios)
+        for one, other in zip(before, after, strict=True)
+    )
 
 
 def _stumbles(double: nn.Module, inputs: Any) -> str | None:

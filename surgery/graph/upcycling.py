@@ -30,10 +30,16 @@ def width(part: Part, anatomy: Anatomy) -> int:
     return next(p.width for p in anatomy.parts if p.role == "ffn.down" and f"{p.path}.".startswith(inside))
 
 
+def _width_now(part: Part, anatomy: Anatomy, block: nn.Module) -> int:
+    """The same of a model that may have been narrowed since it was studied."""
+    sizes = {size for tensor in block.parameters() if tensor.dim() > 1 for size in tensor.shape}
+    return next(size for size in (width(part, anatomy), *sorted(sizes)) if not fault_of(block, size))
+
+
 def upcycle(part: Part, shaping: Shaping, routing: Routing) -> None:
     """Make copies of the block at a part the experts of a mixture, and put it wherever the block stands."""
     model, block = shaping.model, shaping.model.get_submodule(part.path)
-    mixture = MixtureOfExperts(block, width(part, shaping.anatomy), routing)
+    mixture = MixtureOfExperts(block, _width_now(part, shaping.anatomy, block), routing)
     weight = mixture.router.weight
     if not shaping.hollow and not weight.is_meta:
         drawn = torch.empty(weight.shape, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)

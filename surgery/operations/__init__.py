@@ -33,6 +33,7 @@ TABLE: Mapping[str, str] = MappingProxyType(
         "lottery": "surgery.operations.lottery:Lottery",
         "prompt": "surgery.operations.prompt:Prompt",
         "prune": "surgery.operations.prune:Prune",
+        "prune channels": "surgery.operations.prune_channels:PruneChannels",
         "prune heads": "surgery.operations.prune_heads:PruneHeads",
         "prune neurons": "surgery.operations.prune_neurons:PruneNeurons",
         "ptuning": "surgery.operations.ptuning:Ptuning",

@@ -22,6 +22,7 @@ FORMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "prefix": ("prefix 2", "prefix 2 gated", "prefix 2 via mlp 3", 'prefix 2 init text "w5 w6"'),
         "prompt": ("prompt 2",),
         "prune": ("prune magnitude 50% on attn.v", "prune magnitude 0% to 50% over 200 steps on attn.v"),
+        "prune channels": ("prune channels 50%",),
         "prune heads": ("prune heads 50% on attn",),
         "prune neurons": ("prune neurons 50% on ffn",),
         "ptuning": ("ptuning v1 2 via mlp 3", "ptuning v2 2"),

@@ -66,7 +66,7 @@ class PruneHeads(Structured):
         stays = unit_scores.all_but(group.sharing - len(cut.shared), totals).tolist()
         return tuple(unit for unit, share in enumerate(group.of) if stays[share])
 
-    def numbers(self, cut: Cut) -> Iterable[tuple[int, int]]:
+    def numbers(self, cut: Cut) -> Iterable[tuple[float, float]]:
         yield cut.group.count, len(cut.kept)
         if cut.group.of and cut.group.sharing != len(cut.shared):
             yield cut.group.sharing, len(cut.shared)

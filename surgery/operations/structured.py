@@ -24,7 +24,7 @@ from surgery.operations.base import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
     from torch import Tensor
@@ -59,7 +59,7 @@ class Structured(Operation):
     acts_on: ClassVar[tuple[Kind, ...]] = ("projection", "experts")
     sign: ClassVar[str] = "-"
     attaches: ClassVar[bool] = False
-    unit: ClassVar[Literal["neurons", "heads"]]
+    unit: ClassVar[Literal["neurons", "heads", "channels"]]
     readers: ClassVar[tuple[str, ...]]
     place: ClassVar[str]  # what it takes whole, for errors
 
@@ -116,6 +116,21 @@ class Structured(Operation):
     def studied(self, parts: Sequence[Part], model: Any, inputs: Any) -> Structured:
         """With the groups that these parts read, and how many units of each stay."""
         groups, refused = units.coupled(model, self.unit, inputs)
+        chosen = self.grouped(parts, groups, refused)
+        cuts = [cutting.Cut(group, self.left(group)) for group in chosen]
+        changed = [cut for cut in cuts if len(cut.kept) < cut.group.count]
+        if not changed:
+            return self
+        numbers = sorted({pair for cut in changed for pair in self.numbers(cut)})
+        sized = sizes.with_sizes(model, changed, [shaping.Change(*pair) for pair in numbers], inputs)
+        lists = stacks.Lists(model)
+        around = {place.stack for cut in changed for place in map(lists.place, cut.group.places) if place is not None}
+        left_out = [path for group in groups if group not in chosen for path in group.places]
+        uneven = any(place is not None and place.stack in around for place in map(lists.place, left_out))
+        return replace(self, cuts=tuple(sized), uneven=uneven)
+
+    def grouped(self, parts: Sequence[Part], groups: Sequence[Group], refused: Mapping[str, str]) -> list[Group]:
+        """The groups that these parts read. Errors: PlanError S162 where there is none, or only a part is selected."""
         by_place = {place: group for group in groups for place in group.places}
         for part in parts:
             if part.path not in by_place:
@@ -136,17 +151,7 @@ class Structured(Operation):
                     f"`{self.verb}` cannot cut {group.places[0]} without {missing[0]}: they share a tensor",
                     help="select both, or neither",
                 )
-        cuts = [cutting.Cut(group, self.left(group)) for group in chosen]
-        changed = [cut for cut in cuts if len(cut.kept) < cut.group.count]
-        if not changed:
-            return self
-        numbers = sorted({pair for cut in changed for pair in self.numbers(cut)})
-        sized = sizes.with_sizes(model, changed, [shaping.Change(*pair) for pair in numbers], inputs)
-        lists = stacks.Lists(model)
-        around = {place.stack for cut in changed for place in map(lists.place, cut.group.places) if place is not None}
-        left_out = [path for group in groups if group not in chosen for path in group.places]
-        uneven = any(place is not None and place.stack in around for place in map(lists.place, left_out))
-        return replace(self, cuts=tuple(sized), uneven=uneven)
+        return chosen
 
     def left(self, group: Group) -> tuple[int, ...]:
         """As many units as stay, whichever they will be. May raise PlanError."""
@@ -221,6 +226,6 @@ class Structured(Operation):
         for was, now in sorted({pair for cut in cuts for pair in self.numbers(cut)}):
             shaping.resized(was, now)
 
-    def numbers(self, cut: Cut) -> Iterable[tuple[int, int]]:
+    def numbers(self, cut: Cut) -> Iterable[tuple[float, float]]:
         """Numbers that a configuration may state, before and after."""
         yield cut.group.count, len(cut.kept)

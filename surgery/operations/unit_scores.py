@@ -43,13 +43,21 @@ def scores(operation: Structured, cuts: Sequence[Cut], shaping: Shaping) -> list
             means = taylor([tensors[name] for name in learnt], shaping.model, read)
             weights = dict(zip(learnt, means, strict=True))
         found = [
-            (_summed(cut.group.axes, weights, cut.group.count), _summed(cut.group.shared, weights, cut.group.sharing))
+            (
+                _summed(_once(cut.group.axes, tensors), weights, cut.group.count),
+                _summed(cut.group.shared, weights, cut.group.sharing),
+            )
             for cut in cuts
         ]
     for cut, pair in zip(cuts, found, strict=True):
         if not all(bool(score.isfinite().all()) for score in pair):
             raise GraphError.of("S398", f"the scores of the {cut.group.kind} at {cut.group.places[0]} are no numbers")
     return found
+
+
+def _once(axes: Sequence[Axis], tensors: dict[str, Tensor]) -> list[Axis]:
+    """One for each axis of a tensor, whatever its names."""
+    return list({(id(tensors[axis.name]), axis.axis): axis for axis in axes}.values())
 
 
 def _summed(axes: Sequence[Axis], weights: dict[str, Tensor], count: int) -> Tensor:
@@ -76,7 +84,7 @@ def _activations(cuts: Sequence[Cut], shaping: Shaping, read: Sequence[Tensor]) 
         square = wide.abs().mean(0).square().double().cpu()
         squares[path] = squares[path] + square if path in squares else square
 
-    readers = {axis.path: axis for cut in cuts for axis in cut.group.readers}
+    readers = {axis.path: axis for cut in cuts for axis in cut.group.readers if axis.axis < 2}  # not experts
     with calibration.quiet(shaping.model), calibration.watched(shaping.model, list(readers), see):
         for ids in read:
             calibration.read_ids(shaping.model, ids)
@@ -88,7 +96,7 @@ def _activations(cuts: Sequence[Cut], shaping: Shaping, read: Sequence[Tensor]) 
     found = []
     for cut in cuts:
         total = torch.zeros(cut.group.count, dtype=torch.float64)
-        for axis in cut.group.readers:
+        for axis in (axis for axis in cut.group.readers if axis.path in readers):
             total.index_add_(0, torch.tensor(axis.units), squares[axis.path])
         found.append((total.sqrt(), torch.zeros(cut.group.sharing, dtype=torch.float64)))
     return found

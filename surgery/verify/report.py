@@ -20,7 +20,8 @@ class Finding:
 
     place: a module path, a tensor's name, or `model`. sites: how many equal places this one stands for.
     error, bound: in the promise's own unit (relative to the largest value for numbers, a count for counts); a bound of
-        zero asks for equality. skipped: why the promise could not be checked here, empty when it was.
+        zero asks for equality. skipped: why the promise could not be checked here, empty when it was. told: what is to
+        be known of it even where it holds.
     """
 
     promise: str
@@ -31,6 +32,7 @@ class Finding:
     note: str = ""
     skipped: str = ""
     sites: int = 1
+    told: str = ""
 
     @property
     def ratio(self) -> float:
@@ -55,6 +57,7 @@ class Finding:
         if self.skipped:
             return data | {"reason": self.skipped, "statement": self.statement}
         data |= {"error": _finite(self.error), "bound": self.bound, "statement": self.statement, "sites": self.sites}
+        data |= {"told": self.told} if self.told else {}
         return data | ({"note": self.note} if self.note else {})
 
 
@@ -127,13 +130,15 @@ def _row(promise: str, places: int, worst: Finding) -> tuple[str, str, str, str,
 
 
 def _notes(found: list[Finding]) -> Iterator[str]:
-    """One line for each failure and each reason not to have checked."""
+    """One line for each failure, each thing to be known, and each reason not to have checked."""
     for finding in found:
         if finding.status in ("fails", "close"):
             word = "fails" if finding.status == "fails" else "is close to its bound"
             because = f": {finding.note}" if finding.note else ""
             said = f" ({finding.statement})" if finding.statement else ""
             yield f"{finding.promise} {word} at {finding.place}{said}{because}"
+        if finding.told:
+            yield f"{finding.promise} at {finding.place}: {finding.told}"
     for reason in dict.fromkeys(finding.skipped for finding in found if finding.skipped):
         yield f"{found[0].promise} not checked: {reason}"
 

@@ -37,7 +37,7 @@ PROGRAMS = {
 
 # Specs with a statement that needs all of a model, or a model whose library stores other tensors than it computes with.
 WHOLE = {
-    "calibrated", "deeper", "depth", "experts", "instruct", "prompt", "shots", "structured", "upcycled",
+    "calibrated", "deeper", "depth", "experts", "instruct", "narrower", "prompt", "shots", "structured", "upcycled",
 }  # fmt: skip
 
 

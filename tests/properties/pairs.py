@@ -69,6 +69,7 @@ STATEMENTS: Mapping[str, Callable[[Model], Drawn]] = MappingProxyType(
         "prune": lambda model: (
             strategies.statements(model, strategies.prunes()) | strategies.masked(model, strategies.gradual())
         ),
+        "prune channels": lambda model: _read_as("prune channels 40% nearest", "prune channels 50% by random nearest"),
         "prune heads": lambda model: _read_as(
             "prune heads 50% nearest on attn", "prune heads 30% query nearest on attn"
         ),

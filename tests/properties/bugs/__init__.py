@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tests.properties.bugs import (
     adapting,
+    cutting,
     dynamic,
     keeping,
     masking,
@@ -20,5 +21,5 @@ from tests.properties.bugs import (
 )
 from tests.properties.bugs.bug import Bug
 
-FAMILIES = (writing, planning, adapting, training, masking, dynamic, keeping, prompting, reshaping, requiring)
+FAMILIES = (writing, planning, adapting, training, masking, dynamic, keeping, prompting, reshaping, cutting, requiring)
 BUGS: tuple[Bug, ...] = tuple(bug for family in FAMILIES for bug in family.BUGS)

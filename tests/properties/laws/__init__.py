@@ -9,6 +9,7 @@ from __future__ import annotations
 from tests.properties.case import Law
 from tests.properties.laws import (
     adapting,
+    cutting,
     dynamic,
     keeping,
     masking,
@@ -20,6 +21,6 @@ from tests.properties.laws import (
     writing,
 )
 
-FAMILIES = (writing, planning, adapting, training, masking, dynamic, keeping, prompting, reshaping, requiring)
+FAMILIES = (writing, planning, adapting, training, masking, dynamic, keeping, prompting, reshaping, cutting, requiring)
 LAWS: tuple[Law, ...] = tuple(law for family in FAMILIES for law in family.LAWS)
 BY_NAME: dict[str, Law] = {law.name: law for law in LAWS}

@@ -18,7 +18,10 @@ WIDTHS: Mapping[str, int] = {
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-LONGEST_HEADER = 16_000_000  # bytes, some 130,000 tensors; JSON may take ten times as much memory as text
+LONGEST_HEADER = 16_000_000  # bytes
+TENSORS = 130_000  # in one file, at most
+# How often the signs of JSON may occur, in names and metadata as well: a value takes far more memory than its text.
+SIGNS: Mapping[bytes, int] = {b"{": TENSORS, b"[": 2 * TENSORS, b":": 5 * TENSORS, b",": 8 * TENSORS}
 LARGEST = 2**62  # of what is counted: sizes, offsets, elements
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
@@ -68,6 +71,8 @@ def read_header(path: Path) -> Header:
             text = (first + file.read(length - 1)) if length else b""
     except OSError as error:
         raise _unreadable(path, error) from None
+    if _has_too_many_values(text):
+        raise _corrupt(path, f"its header has more values than {TENSORS:,} tensors would take")
     try:
         data = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -110,7 +115,10 @@ def read_index(index: Path) -> dict[str, str]:
             raise _error("S410", index, "is no file")
         if index.stat().st_size > LONGEST_HEADER:
             raise CheckpointError.of("S414", f"the shard index `{index}` has more than {LONGEST_HEADER:,} bytes")
-        data = json.loads(index.read_text("utf-8"), object_pairs_hook=_unique)
+        text = index.read_bytes()
+        if _has_too_many_values(text):
+            raise CheckpointError.of("S414", f"the shard index `{index}` has more values than an index would have")
+        data = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except OSError as error:
         raise _unreadable(index, error) from None
     except (ValueError, RecursionError) as error:
@@ -175,6 +183,11 @@ def _outside(source: Path, name: str) -> CheckpointError:
         f"`{source}` points outside its directory: `{name}`",
         help="put the shards beside their index",
     )
+
+
+def _has_too_many_values(text: bytes) -> bool:
+    """Whether JSON would take much memory, found without reading it."""
+    return any(text.count(sign) > most for sign, most in SIGNS.items())
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

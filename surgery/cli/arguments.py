@@ -30,6 +30,12 @@ def _outputs(ctx: click.Context, parameter: click.Parameter, start: str) -> list
     return _paths(start, lambda path: (path / "surgery.json").is_file())
 
 
+def _directories(ctx: click.Context, parameter: click.Parameter, start: str) -> list[CompletionItem]:
+    demo = [CompletionItem("demo")] if "demo".startswith(start) else []
+    files = ("config.json", "surgery.json", "model.safetensors")
+    return demo + _paths(start, lambda path: any((path / name).is_file() for name in files))
+
+
 def _settings(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     """`name=value`, split; of two for one name the last holds."""
     split = {}
@@ -43,6 +49,9 @@ def _settings(ctx: click.Context, parameter: click.Parameter, values: tuple[str,
 
 program_argument = click.argument("program", metavar="PROGRAM", shell_complete=_programs)
 model_argument = click.argument("model", metavar="MODEL", shell_complete=_models)
+directory_argument = click.argument("out", metavar="DIR", shell_complete=_directories)
+before_argument = click.argument("before", metavar="A", type=click.Path(path_type=Path), shell_complete=_directories)
+after_argument = click.argument("after", metavar="B", type=click.Path(path_type=Path), shell_complete=_directories)
 out_argument = click.argument("out", metavar="OUT", shell_complete=_outputs)
 set_option = click.option(
     "--set",
@@ -53,7 +62,10 @@ set_option = click.option(
     help="Give a `let` parameter another value.",
 )
 base_option = click.option(
-    "--base", metavar="MODEL", help="Where the base lies that OUT refers to, when it is not where it was."
+    "--base",
+    metavar="MODEL",
+    shell_complete=_directories,
+    help="Where the base lies that OUT refers to, when it is not where it was.",
 )
 standalone_option = click.option(
     "--standalone", is_flag=True, help="Copy the base though it is untouched; otherwise it is referred to."

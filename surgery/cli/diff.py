@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli.arguments import base_option
+from surgery.cli.arguments import after_argument, base_option, before_argument
 from surgery.cli.errors import FAILED
 from surgery.cli.progress import progress
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("before", metavar="A", type=click.Path(path_type=Path))
-@click.argument("after", metavar="B", type=click.Path(path_type=Path))
+@before_argument
+@after_argument
 @click.option("--json", "as_json", is_flag=True, help="As JSON, one entry for each tensor.")
 @click.option("--all", "every", is_flag=True, help="Show equal tensors as well.")
 @base_option

@@ -9,17 +9,17 @@ from typing import Any
 
 import click
 
-from surgery.cli.arguments import base_option, out_argument
+from surgery.cli.arguments import base_option, directory_argument
 from surgery.cli.heat import in_blocks, strips
 from surgery.cli.sizes import readable
 
 
 @click.command()
-@out_argument
+@directory_argument
 @base_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def command(out: str, base: str | None, as_json: bool) -> None:
-    """Tell what the directory OUT is: program, places, sizes, sparsity, promises, and what made it.
+    """Tell what the directory DIR is: program, places, sizes, sparsity, promises, and what made it.
 
     Reads headers and masks, no weights. An ordinary model directory is told about as well.
     """

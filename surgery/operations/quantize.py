@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from surgery.anatomy.parts import Kind, Part
+    from surgery.anatomy.parts import Anatomy, Kind, Part
     from surgery.graph.site import Site
 
 BLOCK = 64
@@ -60,6 +60,14 @@ class Quantize(Operation):
         if part.tied:
             return f"its weight is shared with {', '.join(part.tied)}, which would need it at full width"
         return None
+
+    def warnings(self, parts: Sequence[Part], anatomy: Anatomy, model: Any) -> Iterable[str]:
+        torn = [part for part in parts if part.shape[1] % self.block and part.shape[1] % 2 == 0]
+        if self.format != "int8" and torn and hasattr(model, "config"):
+            yield (
+                f"rows of {len(torn)} matrices are not whole blocks of {self.block} ({torn[0].path} has "
+                f"{torn[0].shape[1]}): where others load them on a CPU, bitsandbytes widens some such codes wrongly"
+            )
 
     def promises(self) -> tuple[str, ...]:
         return ("exact_codes",)

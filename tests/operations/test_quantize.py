@@ -191,3 +191,25 @@ def test_a_module_with_a_child_is_quantized(program: str) -> None:
     assert torch.equal(dropped, model(*FED))
     surgery.merge(model.eval())
     assert gap(model(*FED).detach(), found) <= 1e-5
+
+
+@pytest.mark.parametrize("width", [24, 48, 96, 64, 128])
+def test_rows_that_are_no_whole_blocks(width: int) -> None:
+    """Our weights are the codes' levels times the block's scale, whatever the width; the plan warns where bitsandbytes
+    may read other ones from them."""
+    import bitsandbytes.functional as bnb
+
+    program = surgery.parse("quantize attn.q nf4")
+    model = zoo.tiny("llama", hidden_size=width, num_attention_heads=4, head_dim=6)
+    plan = surgery.plan(program, model)
+    told = [each for each in plan.warnings if "whole blocks of 64" in each]
+    assert len(told) == (1 if width % 64 else 0)
+    assert not told or f"q_proj has {width}" in told[0]
+    int8 = surgery.plan(surgery.parse("quantize attn.q int8"), model)
+    assert not [each for each in int8.warnings if "blocks" in each]
+    surgery.apply(plan, model)
+    site = model.model.layers[0].self_attn.q_proj
+    packed, absmax = site.weight_codes.reshape(-1), site.weight_absmax
+    levels = bnb.get_4bit_type("nf4", device="cpu")[torch.stack([packed >> 4, packed & 15], 1).reshape(-1).long()]
+    wanted = (levels * absmax.repeat_interleave(64)[: levels.numel()]).reshape(site.facts.shape)
+    assert gap(site(torch.eye(width)).detach().t(), wanted) < 1e-6

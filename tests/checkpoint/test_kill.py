@@ -49,7 +49,7 @@ def run(base: Path, name: str, program: str = PROGRAM, force: bool = False) -> P
     return base.parent / name
 
 
-def killed(base: Path, name: str, at: int, lines: int = 0, force: bool = False) -> bool:
+def killed(base: Path, name: str, at: int, lines: int = 0, force: bool = False, program: str = PROGRAM) -> bool:
     """Run in another process that dies at a write, or at a later one, when its journal has so many lines.
 
     Whether it did, or was done before.
@@ -70,7 +70,7 @@ def killed(base: Path, name: str, at: int, lines: int = 0, force: bool = False) 
         sinks.write_all = counted
         work.PAUSE = 0
         try:
-            run(base, name, force=force)
+            run(base, name, program, force)
         finally:
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -89,6 +89,19 @@ def test_resumed_to_the_same_bytes(at: int, lines: int, base: Path, monkeypatch:
     units = Applying(surgery.plan(surgery.parse(PROGRAM), load_meta(str(base)).model), base).units
     assert len(done) == len(set(done)) <= units
     assert len(done) < units or not lines
+
+
+def test_a_result_that_refers_to_its_base_is_gone_on_with(base: Path) -> None:
+    """What the journal has of tensors that were read and not written counts; a copy of the base is another work."""
+    program = "lora rank 2 dora on all linear"
+    whole = files(run(base, "whole", program))
+    assert not [name for name in whole if name.startswith("model")]
+    assert killed(base, "out", 12, 3, program=program)
+    plan = surgery.plan(surgery.parse(program), load_meta(str(base)).model)
+    with pytest.raises(CheckpointError, match="another way to keep the base"):
+        stream(plan, base, base.parent / "out", origin=str(base), force=False, standalone=True)
+    assert files(run(base, "out", program)) == whole
+    assert sorted(os.listdir(base.parent)) == ["base", "out", "whole"]
 
 
 def test_killed_again_and_again(base: Path) -> None:

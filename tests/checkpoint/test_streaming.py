@@ -184,6 +184,7 @@ def test_processes_that_share_the_work_write_the_same_bytes(tmp_path: Path) -> N
     zoo.tiny("gpt2", dtype=torch.bfloat16).save_pretrained(tmp_path / "base", max_shard_size="20KB")
     shapes = load_meta(str(tmp_path / "base"))
     plan = surgery.plan(surgery.parse("quantize base nf4 double; lora rank 2 on ffn"), shapes.model)
+    adapter = surgery.plan(surgery.parse("lora rank 2 dora on attn; ia3"), shapes.model)
     told: list[int] = []
     for jobs in (1, 2):
         out = tmp_path / f"by {jobs}"
@@ -191,8 +192,16 @@ def test_processes_that_share_the_work_write_the_same_bytes(tmp_path: Path) -> N
         merged = merged_shapes(out)
         assert merged is not None
         stream_merge(out, merged, tmp_path / f"merged by {jobs}", force=False, jobs=jobs)
+        codes = merged_shapes(out, requantize=True)
+        assert codes is not None
+        stream_merge(out, codes, tmp_path / f"codes by {jobs}", force=False, jobs=jobs)
+        stream(
+            adapter, tmp_path / "base", tmp_path / f"adapter by {jobs}", origin=shapes.origin, force=False, jobs=jobs
+        )
     assert files(tmp_path / "by 1") == files(tmp_path / "by 2")
-    assert files(tmp_path / "merged by 1") == files(tmp_path / "merged by 2")
+    for kind in ("merged", "codes", "adapter"):
+        assert files(tmp_path / f"{kind} by 1") == files(tmp_path / f"{kind} by 2")
+    assert "model.safetensors" not in files(tmp_path / "adapter by 1")
     written = [tensor for path in (tmp_path / "by 1").glob("*.safetensors") for tensor in load_file(path).values()]
     size = 2 * sum(tensor.nbytes for tensor in written)
     assert 0.9 * size < sum(told) <= size  # for a progress bar: of both runs, without what is the same everywhere

@@ -194,9 +194,9 @@ def plan(
         raise PlanError(*found)
     acting = [step for step in steps if not step.operation.reshapes()]
     told = (*shared, *others, *idle, *cost.unmerged, *warnings(acting, anatomy, model))
-    if shape is not None:
-        told = (*shape.told, *told)
     notes = (*(note for step in acting for note in _chosen_by(step, anatomy, model)), *foreseen)
+    if shape is not None:
+        told, notes = (*shape.told, *told), (*notes, *shape.loaded)
     before = given if shape is not None else None if record is None else record.plan.given
     return Plan(program, anatomy, steps, cost, tuple(dict.fromkeys(told)), notes, before)
 

@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 class Reshaped:
     """The model as the other statements will find it: a double without weights, and its anatomy.
 
-    changed: bytes that each step adds. told: what a plan's reader should know of the steps.
+    changed: bytes that each step adds. told: what a plan's reader should know of the steps. loaded: by what.
     """
 
     model: nn.Module
     anatomy: Anatomy
     changed: tuple[int, ...]
     told: tuple[str, ...]
+    loaded: tuple[str, ...]
 
 
 def double(
@@ -52,7 +53,7 @@ def double(
     for step in steps:
         step.operation.reshape(step.parts, shaping)
         sizes.append(size_of(shape))
-    settle(shaping)
+    loaded = _loaded(settle(shaping), shaping)
     try:
         found = observed(study(shape, example_inputs), shape, example_inputs)
     except ModelError as error:
@@ -64,7 +65,17 @@ def double(
             help="leave other layers or parts",
         ) from error
     changed = tuple(after - before for before, after in pairwise(sizes))
-    return Reshaped(shape, found, changed, told)
+    return Reshaped(shape, found, changed, told, loaded)
+
+
+def _loaded(said: str, shaping: Shaping) -> tuple[str, ...]:
+    """What builds the new shape of a transformers model from a directory, in a sentence."""
+    if not hasattr(getattr(shaping.model, "config", None), "to_dict"):
+        return ()
+    if said == "config":
+        return ("`from_pretrained` builds the new shape: the configuration says it",)
+    because = "; ".join(dict.fromkeys(shaping.beyond)) or "no choice of its numbers does"
+    return (f"`surgery.load` builds the new shape: the configuration cannot say it ({because})",)
 
 
 def reshape(steps: Sequence[Step], shaping: Shaping) -> str:

@@ -8,6 +8,10 @@ error against the whole model on text, and the forward's time, all contenders by
 
 Limits: as many parameters as torch-pruning leaves, and no larger an error. `speed`: at width 2048 the model with half
 of its neurons is faster by at least 0.9 of what the multiplications that went promise.
+
+Found with `--rounds 3` on a busy machine: as many parameters and the same error on both; pruning takes 1.85 times
+torch-pruning's time on SmolLM2 and 15 times (1.4 s) on MiniLM; forwards are faster by 1.16 (1.15) and 1.20 (1.20); at
+width 2048 0.97 of the promise.
 """
 
 from __future__ import annotations

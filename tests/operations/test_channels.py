@@ -137,7 +137,9 @@ def test_transformers_models_equal_the_masked_ones(family: str, share: str, said
     small, whole = (zoo.tiny(family, **EPS.get(family, {})) for _ in range(2))
     fed = zoo.inputs(whole)
     base = zoo.logits(whole, fed)
-    surgery.apply(surgery.parse(f"prune channels {share}"), small)
+    plan = surgery.plan(surgery.parse(f"prune channels {share}"), small)
+    assert f"`{'from_pretrained' if said else 'surgery.load'}` builds the new shape" in str(plan)
+    surgery.apply(plan, small)
     kept = mask(whole, small)
     width = whole.get_input_embeddings().embedding_dim
     assert len(kept) == width - round(float(share.partition("%")[0]) / 100 * width)

@@ -155,7 +155,9 @@ def test_transformers_models_equal_the_masked_ones(family: str, program: str, sa
     small, whole = zoo.tiny(family, **deep), zoo.tiny(family, **deep)
     fed = zoo.inputs(whole)
     base = zoo.logits(whole, fed)
-    surgery.apply(surgery.parse(program), small)
+    plan = surgery.plan(surgery.parse(program), small)
+    assert f"`{'from_pretrained' if said else 'surgery.load'}` builds the new shape" in str(plan)
+    surgery.apply(plan, small)
     mask(whole, small)
     found, wanted = zoo.logits(small, fed), zoo.logits(whole, fed)
     assert relative_error(found, wanted) <= merge_bound(torch.float32, depth=3)
@@ -422,6 +424,18 @@ def test_planning_reads_shapes_alone() -> None:
     assert "37 -> 26 neurons" in told
     assert plan.cost.bytes_after < plan.cost.bytes_before
     assert model.model.layers[0].mlp.up_proj.weight.shape == (37, 24)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "phi3"])
+def test_no_family_here_builds_sizes_that_differ_by_layer(family: str) -> None:
+    """Why such a model is built by `surgery.load`: when this fails, its configuration can say it after all."""
+    from transformers import PreTrainedConfig
+
+    if not hasattr(PreTrainedConfig, "per_layer_config"):
+        pytest.skip("transformers has no sizes by layer yet")
+    assert zoo.config(family, per_layer_config={1: {"intermediate_size": 20}}).is_heterogeneous
+    with torch.device("meta"), pytest.raises(RuntimeError, match="per-layer attribute"):
+        zoo.tiny(family, per_layer_config={1: {"intermediate_size": 20}})
 
 
 def test_dtypes_flags_and_ties_stay() -> None:

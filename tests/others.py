@@ -61,6 +61,8 @@ _SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "megatron-bert": ("MegatronBert", "ForMaskedLM", _BERT),
     "cpmant": ("CpmAnt", "ForCausalLM", {"hidden_size": 24, "num_attention_heads": 3, "dim_head": 8, "dim_ff": 35,
                                          "num_hidden_layers": 2, "vocab_size": 61}),
+    "ctrl": ("CTRL", "LMHeadModel", {"n_embd": 24, "n_layer": 2, "n_head": 3, "dff": 35, "vocab_size": 61,
+                                     "n_positions": 64}),
     "mistral": ("Mistral", "ForCausalLM", {**_LLAMA, "sliding_window": 4}),
     "gemma2": ("Gemma2", "ForCausalLM", {**_LLAMA, "sliding_window": 4}),
     "gemma3": ("Gemma3", "ForCausalLM", {**_LLAMA, "sliding_window": 4,

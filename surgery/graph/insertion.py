@@ -184,8 +184,8 @@ class Insertion:
         if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] < layout.n + layout.length:
             raise GraphError.of(
                 "S394",
-                f"the output of {self.entrance.leave} has no place for each row and token",
-                help="models that shorten the sequence within their layers take no rows in front",
+                f"the output of {self.entrance.leave} is no tensor with a place for each row and token",
+                help="layers that shorten the sequence, turn it, or give lists take no rows in front; try `prefix`",
             )
         return layout.cut(value)
 

@@ -191,7 +191,7 @@ class Front:
     def _run(self, module: nn.Module, rows: Tensor, beside: dict[str, Any]) -> None:
         keywords: dict[str, Any] = {"use_cache": False} if "use_cache" in self.names else {}
         batch = next((each.shape[0] for each in beside.values()), 1)
-        rows = rows.expand(batch, *rows.shape)
+        rows = rows.expand(batch, *rows.shape).clone()  # models may scale what they are given in place
         if rows.is_floating_point():
             rows = rows.to(lookup_dtype(module))
         self.reading.rows = None

@@ -21,13 +21,29 @@ def ids_of(text: str) -> list[int]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("program", [f'prompt init text "{TEXT}"', f'instruct "{TEXT}" cached'])
-@pytest.mark.parametrize("family", ["bloom", "falcon-alibi", "gptj", "mpt", "mistral", "gemma3", "deepseek_v2"])
+@pytest.mark.parametrize("family", ["bloom", "falcon-alibi", "gptj", "mpt", "mistral", "gemma3", "deepseek_v2", "ctrl"])
 def test_the_text_by_hand(family: str, program: str) -> None:
     """Promise: soft equals hard, to 1e-5 of the largest logit in float32, however the model computes its attention."""
     model, x = others.tiny(family), zoo.tokens(50, 2, 7)
     prompted = model(input_ids=torch.cat((IDS.expand(2, -1), x), 1)).logits[:, 5:]
     model = surgery.apply(surgery.parse(program), model, tokenizer=ids_of)
     assert (model(input_ids=x).logits - prompted).abs().max() < 1e-5 * prompted.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("program", ["prompt 3", "ptuning v1 3 via mlp 4", "prompt 3; lora rank 1 on embed"])
+def test_scaled_in_place(program: str) -> None:
+    """A model that scales the embeddings it is given, as CTRL does, scales no parameter: every call gives the same."""
+    model, x = surgery.apply(surgery.parse(program), others.tiny("ctrl")), zoo.tokens(50, 2, 7)
+    for tensor in surgery.parameters(model).values():
+        tensor.add_(0.3)
+    held = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = model(input_ids=x).logits
+    assert torch.equal(model(input_ids=x).logits, first)
+    assert all(torch.equal(tensor, held[name]) for name, tensor in model.state_dict().items())
+    merged = surgery.merge(model) if "ptuning" in program else model
+    for _ in range(2):
+        assert torch.allclose(merged(input_ids=x).logits, first, atol=1e-6)
 
 
 def test_layers_without_attention_are_refused_and_chunks_are_said() -> None:

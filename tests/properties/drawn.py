@@ -125,4 +125,5 @@ def a_text(model: Model) -> st.SearchStrategy[Program]:
 
 
 FLOATS = ("float64", "float32", "bfloat16")
+WIDE = FLOATS[:2]  # where what rounding makes of a whole model is small beside any mistake
 ANY = cases(anything)

@@ -17,6 +17,8 @@ def read_in_place(part: Part, anatomy: Anatomy) -> str | None:
     parameters = dict.fromkeys(each.parameter for each in others)
     if len(parameters) > 1:
         return f"one module reads {' and '.join(parameters)}, and only one of its own can be rewritten"
+    if part.kind != "bias" and part.parameter != "weight":
+        return f"its matrix is called `{part.parameter}`, and what stands in its place calls it `weight`"
     same = dict.fromkeys(each.role for each in others if each.kind != "bias")
     if len({each.kind for each in others} - {"bias"}) > 1:
         return f"{' and '.join(same)} read `{part.parameter}`, one of them without calling the module"

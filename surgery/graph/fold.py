@@ -104,14 +104,11 @@ def _undone(
         error = (found.dense() - matrix).abs().max()
         if not error <= 16 * torch.finfo(facts.dtype).eps * matrix.abs().max():
             raise NotAffine("its own forward changes its weight by more than a factor")
-        extra = None if bias is None else bias.detach().to(matrix.dtype)
-        if found.offset is not None:
-            if extra is None:
-                extra = torch.zeros_like(found.offset)
-            extra = (extra if offset is None else offset + extra) - found.offset
-        if bias is None and extra is not None and bool(extra.any()):
+        nothing = matrix.new_zeros(())
+        lacks = (nothing if offset is None else offset) - (nothing if found.offset is None else found.offset)
+        if bias is None and bool(lacks.any()):
             raise NotAffine("it would need a bias, which it does not have")
-        return matrix / factor, None if bias is None else extra
+        return matrix / factor, None if bias is None else bias.detach().to(matrix.dtype) + lacks
     finally:
         module._parameters.clear()
         module._parameters.update(before)

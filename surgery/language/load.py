@@ -19,6 +19,7 @@ from surgery.operations import Vocabulary
 
 VERSION = 1
 DEEPEST_INCLUDE = 64
+SEED = "expected a whole number from 0, of at most 18 digits"
 NO_PARAMETERS: Mapping[str, object] = {}
 
 
@@ -129,9 +130,7 @@ class _Collector:
             )
         if node.keyword == "seed":
             if not number.text.isdecimal() or len(number.text) > 18:
-                self.faults.append(
-                    Diagnostic("S012", f"the seed cannot be {number.text[:40]}", number.span, "expected a whole number")
-                )
+                self.faults.append(Diagnostic("S012", f"the seed cannot be {number.text[:40]}", number.span, SEED))
             elif self.seeds and len(self.seeds[0].text) and self.seeds[0].span.source == number.span.source:
                 self.faults.append(Diagnostic("S016", "the seed is said twice", number.span, "remove one of them"))
             else:

@@ -56,6 +56,27 @@ class Root(Bare):
         return self.head(x + super().forward(x))
 
 
+class Product(nn.Module):
+    """A forward of its own that reads no bias. name: what its matrix is called."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.register_parameter(name, nn.Parameter(torch.randn(6, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ getattr(self, self.name)
+
+
+class Named(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.up, self.down, self.head = Product(name), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
 IDS, NUMBERS = torch.tensor([[3, 1, 4, 1]]), torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -72,6 +93,7 @@ def deberta() -> nn.Module:
         (deberta, "head", "embed and head read `weight`", None),
         (Blocks, "ffn", "one module reads first and second", (NUMBERS,)),
         (Root, "ffn.up", "the model itself reads `first`", (NUMBERS,)),
+        (lambda: Named("kernel"), "ffn.up", "its matrix is called `kernel`", (NUMBERS,)),
     ],
 )
 def test_refused_and_unchanged(make: Any, where: str, because: str, inputs: Any, text: str) -> None:
@@ -110,3 +132,18 @@ def test_the_others_are_free(make: Any, text: str, inputs: Any) -> None:
     after = model(*inputs)
     assert not torch.equal(after, before)
     torch.testing.assert_close(surgery.merge(model)(*inputs), after)
+
+
+@pytest.mark.parametrize("quantized", ["", "; quantize ffn nf4"])
+def test_a_forward_without_a_bias_is_given_none(quantized: str) -> None:
+    """What it would not read is not merged into it; the plan says so, and the output stays."""
+    model = Named("weight").eval()
+    surgery.apply(surgery.parse(f"train bias add{quantized}"), model, example_inputs=(NUMBERS,))
+    for tensor in surgery.parameters(model).values():
+        tensor.data.add_(0.3)
+    before, found = model(NUMBERS), surgery.verify(model)
+    assert found
+    assert "cannot merge: it would need a bias" in str(found)
+    merged = surgery.merge(model)
+    assert torch.equal(merged(NUMBERS), before)
+    assert "up.bias" not in merged.state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from tests.properties.bugs.bug import Bug, Patch
 
 
 def _copies_share_their_tensors(patch: Patch) -> None:
-    patch.setattr(surgery.graph.depth.copy, "deepcopy", lambda layer, memo: layer)
+    patch.setattr(surgery.graph.depth, "copy", SimpleNamespace(deepcopy=lambda layer, memo: layer))
 
 
 def _copies_are_loud(patch: Patch) -> None:

@@ -28,6 +28,6 @@ def failure(model: nn.Module, error: BaseException) -> ModelError:
     return ModelError.of(
         "S202",
         f"{type(model).__name__} cannot be exported" + (f": {module}, {place}" if place else f" ({module})"),
-        label=first,
-        help=f"torch.export says: {first[:300]}",
+        label=f"torch.export says: {first[:300]}",
+        help="give example inputs that fit, and let no branch depend on the values of tensors",
     )

@@ -163,13 +163,14 @@ def call_of(node: fx.Node) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Export's own warnings and logs say nothing about the model; its failures come as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "transformers")]
+    names = ("torch.export", "torch._export", "torch._subclasses.fake_tensor", "transformers")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             for logger in loggers:
-                logger.setLevel(logging.ERROR)
+                logger.setLevel(logging.CRITICAL)
             yield
         finally:
             for logger, level in zip(loggers, levels, strict=True):

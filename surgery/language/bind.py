@@ -68,6 +68,9 @@ class _Binder:
         clauses = self.clauses()
         selector = self.selector(clauses)
         name = clauses["as"].value.text if "as" in clauses and isinstance(clauses["as"].value, Word) else None
+        if name is not None and "." in name:
+            said = f"'{name}' cannot be a name"
+            self.faults.append(Diagnostic("S033", said, clauses["as"].value.span, "choose another, without a dot"))
         expect = self.expect(clauses["expect"]) if "expect" in clauses else None
         self.missing()
         operation = self.build() if not self.faults else None

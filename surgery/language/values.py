@@ -17,6 +17,7 @@ from surgery.operations.options import Form, Option, Payload, Ratio
 
 WHOLE = re.compile(r"-?\d+")
 LONGEST = 40
+MOST = 2**31 - 1  # of what is counted
 TABLES: dict[Form, Form] = {"counts": "count", "numbers": "number"}
 WANTED: dict[Form, str] = {
     "count": "a whole number, such as 8",
@@ -65,12 +66,12 @@ def convert(literal: Literal, limits: Limits, directory: Path | None) -> Any:
     if len(literal.text) > LONGEST and literal.form != "text":
         raise ProgramError.of("S013", f"a number of {len(literal.text)} characters", literal.span, "too long")
     if literal.form in ("number", "percent") and _absurd(literal.text):
-        raise ProgramError.of(
-            "S013", f"{limits.name} cannot be {literal.text}", literal.span, "no value of that size is meant"
-        )
+        raise _too_large(literal, limits)
     for form in limits.forms:
         value = _value(form, literal, directory)
         if value is not None:
+            if form == "count" and value > MOST:
+                raise _too_large(literal, limits)
             _check(value, form, literal, limits)
             return value
     raise ProgramError(
@@ -111,6 +112,11 @@ def plain(number: Decimal) -> str:
     """Without exponent and without needless zeros."""
     text = f"{number:f}"
     return (text.rstrip("0").rstrip(".") if "." in text else text) or "0"
+
+
+def _too_large(literal: Literal, limits: Limits) -> ProgramError:
+    said = "no value of that size is meant"
+    return ProgramError.of("S013", f"{limits.name} cannot be {literal.text}", literal.span, said)
 
 
 def _absurd(text: str) -> bool:

@@ -49,6 +49,9 @@ def mlp():
 def stubborn():
     return Stubborn(), (torch.zeros(2, 3, 8),)
 
+def wide():
+    return Mlp(), (torch.zeros(2, 3, 9),)
+
 def broken():
     raise RuntimeError("no weights today")
 
@@ -114,6 +117,7 @@ def test_all_errors_of_a_program_at_once(run: Run, tmp_path: Path) -> None:
     [
         ("plain.py:mlp", "prefix 4 on all layers", r"S2\d\d", ""),
         ("plain.py:stubborn", "lora rank 2 on all linear", r"S2\d\d", r"plain\.py"),
+        ("plain.py:wide", "lora rank 2 on all linear", "S202", "reduction dim"),
         (
             "plain.py:broken",
             "lora rank 2 on all linear",

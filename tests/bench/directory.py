@@ -140,6 +140,14 @@ def copy(source: Path, out: Path) -> None:
         shutil.copyfile(path, out / path.name)
 
 
+def synced_copy(source: Path, out: Path) -> None:
+    """The weights, as they are, on the disk: which ours are, so that a crash leaves no torn file."""
+    copy(source, out)
+    for path in out.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
 # Measuring
 
 
@@ -259,6 +267,7 @@ def merge(base: Path, place: Path, rounds: int, most: int, alone: bool) -> bool:
     in_a_process(_train, adapted)
     contenders: dict[str, tuple[Any, ...]] = {"ours": (surgery_merge, adapted, place / "merged")}
     contenders["copy"] = (copy, base, place / "copied")
+    contenders["synced copy"] = (synced_copy, base, place / "copied")
     if not alone:
         in_a_process(_export, base, adapted, adapter)
         contenders["peft"] = (peft_merge, base, adapter, place / "merged-by-peft")

@@ -22,6 +22,7 @@ from surgery.compiler.switch import refuse_routed, rest
 from surgery.compiler.training import declare
 from surgery.errors import PlanError, standing_at
 from surgery.graph import entry, soft_entry
+from surgery.graph.attention_text import check_known
 from surgery.graph.fingerprint import fingerprints
 from surgery.graph.module import added_parameters
 from surgery.graph.shaping import Shaping
@@ -64,14 +65,14 @@ def apply(
     if isinstance(plan, Program):
         plan = make_plan(plan, model, example_inputs=example_inputs, tokenizer=tokenizer)
     check_current(plan, model)
-    check_texts(starting(plan, model), tokenizer)
+    check_texts(starting(plan, model), tokenizer, plan.anatomy)
     plan = required.with_base(plan, model, tokenizer)
     with required.fulfilled(plan, model, tokenizer):
         return perform(plan, model, tokenizer=tokenizer, inputs=example_inputs, tell=tell)
 
 
-def check_texts(steps: Iterable[Step], tokenizer: Any) -> None:
-    """Errors: PlanError S104 when a text needs a tokenizer and there is none."""
+def check_texts(steps: Iterable[Step], tokenizer: Any, anatomy: Anatomy) -> None:
+    """Errors: PlanError S104 when a text needs a tokenizer and there is none, GraphError S352 when it is another's."""
     for step in steps:
         if step.operation.needs_text and tokenizer is None:
             raise PlanError.of(
@@ -80,6 +81,9 @@ def check_texts(steps: Iterable[Step], tokenizer: Any) -> None:
                 step.statement.span,
                 help="pass tokenizer=..., or use a model directory that has tokenizer files",
             )
+        if tokenizer is not None:
+            with standing_at(step.statement.span):
+                check_known(step.operation.ids(tokenizer), anatomy)
 
 
 def perform(

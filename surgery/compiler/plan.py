@@ -14,6 +14,7 @@ from surgery.compiler.shared import at_one_place, elsewhere, standings
 from surgery.compiler.stacks import broken_rows
 from surgery.compiler.training import idle_optimizers, settle
 from surgery.errors import Diagnostic, PlanError, SurgeryError, standing_at
+from surgery.graph.attention_text import check_known
 from surgery.language.program import Program, Statement
 from surgery.language.selector import Union
 from surgery.operations.base import Operation, Phase
@@ -168,7 +169,7 @@ def plan(
     else:
         anatomy = again.retied(record.plan.anatomy, model)
     if tokenizer is not None:
-        program = replace(program, statements=tuple(_told(each, tokenizer) for each in program.statements))
+        program = replace(program, statements=tuple(_told(each, tokenizer, anatomy) for each in program.statements))
     given, shape = anatomy, None
     first, shared = _steps([each for each in program.statements if each.operation.reshapes()], given, model)
     if first:
@@ -283,10 +284,12 @@ def _chosen_by(step: Step, anatomy: Anatomy, model: nn.Module) -> tuple[str, ...
         return tuple(step.operation.chosen(step.parts, anatomy, model))
 
 
-def _told(statement: Statement, tokenizer: Any) -> Statement:
+def _told(statement: Statement, tokenizer: Any, anatomy: Anatomy) -> Statement:
     """The statement with what its texts decide; errors stand at the statement."""
     with standing_at(statement.span):
-        return replace(statement, operation=statement.operation.read(tokenizer))
+        operation = statement.operation.read(tokenizer)
+        check_known(operation.ids(tokenizer), anatomy)
+        return replace(statement, operation=operation)
 
 
 def _sized(statement: Statement, parts: Sequence[Part], model: nn.Module) -> Statement:

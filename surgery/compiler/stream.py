@@ -75,7 +75,7 @@ class Stream:
 
         read: a tensor of the base by its full name.
         """
-        check_texts(self.plan.steps, self.context.tokenizer)
+        check_texts(self.plan.steps, self.context.tokenizer, self.plan.anatomy)
         layers = [f"{stack.path}.{index}" for stack in self.plan.anatomy.stacks for index in range(stack.depth)]
         for step in self.plan.steps:
             if step.operation.collective:

@@ -30,6 +30,18 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def check_known(ids: Sequence[int], anatomy: Anatomy) -> None:
+    """Raises GraphError S352 when the model has no embedding for some of the ids."""
+    vocabulary = max((part.shape[0] for part in anatomy.parts if part.role == "embed"), default=None)
+    strange = [each for each in ids if vocabulary is not None and not 0 <= each < vocabulary]
+    if strange:
+        raise GraphError.of(
+            "S352",
+            f"the tokenizer gives token {strange[0]}, and the model knows {vocabulary}",
+            help="take the tokenizer that belongs to the model",
+        )
+
+
 def fill_up(ids: Sequence[int], positions: int) -> list[int]:
     """The ids repeated, or cut, to fill so many positions."""
     return [ids[place % len(ids)] for place in range(positions)]

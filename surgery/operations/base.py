@@ -190,6 +190,10 @@ class Operation:
         """The operation with what its texts decide filled in. Runs first of all where there is a tokenizer."""
         return self
 
+    def ids(self, tokenizer: Any) -> Sequence[int]:
+        """The token numbers that its own text has, where it has one."""
+        return ()
+
     @property
     def moving(self) -> tuple[str, ...]:
         """Names of its buffers that change while the model is trained."""

@@ -87,6 +87,9 @@ class Hard(Front):
             )
         return found
 
+    def ids(self, tokenizer: Any) -> Sequence[int]:
+        return self.hard(tokenizer)
+
     def read(self, tokenizer: Any) -> Self:
         return replace(self, tokens=len(self.counted(tokenizer)))
 

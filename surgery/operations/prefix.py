@@ -134,7 +134,10 @@ class Prefix(Operation):
         """The operation with its positions counted; token ids are the text's own, without special tokens."""
         if self.text is None or self.positions is not None:
             return self
-        return replace(self, positions=len(attention_text.token_ids(tokenizer, self.text)))
+        return replace(self, positions=len(self.ids(tokenizer)))
+
+    def ids(self, tokenizer: Any) -> Sequence[int]:
+        return () if self.text is None else attention_text.token_ids(tokenizer, self.text)
 
     def rewrite(self, site: AttentionSite) -> None:
         if self.positions is None:

@@ -73,7 +73,10 @@ class Prompt(Front):
     def read(self, tokenizer: Any) -> Prompt:
         if self.text is None or self.positions is not None:
             return self
-        return replace(self, positions=len(attention_text.token_ids(tokenizer, self.text)))
+        return replace(self, positions=len(self.ids(tokenizer)))
+
+    def ids(self, tokenizer: Any) -> Sequence[int]:
+        return () if self.text is None else attention_text.token_ids(tokenizer, self.text)
 
     def rows(self, site: EntrySite) -> Node:
         return site.parameter("prompt", (self.length or 0, site.width), small)

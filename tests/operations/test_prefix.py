@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,34 @@ def test_gated_is_nothing_at_first_and_something_later(name: str) -> None:
         if path.endswith("prefix_gate"):
             parameter.fill_(0.5)
     assert not torch.allclose(specimen.logits(), before, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        pytest.param(name, base, marks=() if turn % 5 == 0 else pytest.mark.slow)
+        for turn, (name, base) in enumerate(
+            product([*zoo.FAMILIES, *zoo.PLAIN], ["quantize base nf4", "prune magnitude 50% on attn + ffn"])
+        )
+    ],
+)
+def test_gated_is_nothing_over_other_bases(name: str, base: str) -> None:
+    """Promise: identity at the start, to the bit, over 4-bit and pruned weights, in training as in evaluation."""
+    alone, gated = zoo.specimen(name, dtype=torch.float32), zoo.specimen(name, dtype=torch.float32)
+    studied.apply(base, name, alone.model)
+    studied.apply(f"{base}; prefix 6 gated", name, gated.model)
+    for training in (False, True):
+        found = []
+        for specimen in (alone, gated):
+            specimen.model.train(training)
+            torch.manual_seed(0)  # dropout is there for both
+            found.append(specimen.logits())
+        assert torch.equal(*found)
+    for path, parameter in surgery.parameters(gated.model).items():
+        if path.endswith("prefix_gate"):
+            parameter.fill_(0.5)
+    assert not torch.allclose(gated.logits(), alone.logits(), atol=1e-4)
 
 
 @torch.no_grad()

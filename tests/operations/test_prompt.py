@@ -403,6 +403,19 @@ def test_bad_input() -> None:
     assert model.state_dict().keys() == before
 
 
+@pytest.mark.parametrize("text", ['prompt init text "w3 w61"', 'prefix init text "w61"', 'instruct "w99"'])
+@pytest.mark.parametrize("name", ["plain", "llama"])
+def test_a_foreign_tokenizer(name: str, text: str) -> None:
+    """Promise: tokens that the model does not know are refused, and the model is as it was."""
+    model = reference_decoder() if name == "plain" else zoo.tiny("llama", vocab_size=61)
+    inputs = (zoo.tokens(61, 2, 5),) if name == "plain" else None
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(SurgeryError, match=r"S352.*the model knows 61"):
+        surgery.apply(surgery.parse(text), model, example_inputs=inputs, tokenizer=ids_of)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
 def test_two_prompts_with_names() -> None:
     """Promise: named prompts stand one behind the other, and each is switched by its name."""
     model, x = reference_decoder(), zoo.tokens(61, 2, 6)

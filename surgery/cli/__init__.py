@@ -89,7 +89,8 @@ def cli(ctx: click.Context) -> None:
     """Say what to change in a pretrained neural network, and have it done and checked.
 
     PROGRAM is a .surgery file, or `-` for standard input. MODEL is a Hugging Face directory, `demo`,
-    FILE.py:FUNCTION or module:function. Exit status: 0 done, 1 a promise failed, 2 bad input.
+    FILE.py:FUNCTION or module:function. Exit status: 0 done, 1 a promise failed or what is compared differs,
+    2 bad input.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

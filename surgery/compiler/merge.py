@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 def merge(
     model: Model,
     *,
-    only: Sequence[str] = (),
+    only: str | Sequence[str] = (),
     keep: bool = False,
     requantize: bool = False,
     report: dict[str, Rounding] | None = None,
@@ -47,8 +47,9 @@ def merge(
     A tensor that was tied to another and changes is untied.
     requantize: where weights are kept as codes, the sum is encoded again in the same format, and they stay codes; the
     step between codes may be larger than the change.
-    only: names of the adapters to fold; the others stay attached, on or off as they are. keep: what is needed to take
-    the merge out again, to the bit, with `surgery.unmerge(model)`: the rows of the weights that it changes.
+    only: name or names of the adapters to fold; the others stay attached, on or off as they are.
+    keep: what is needed to take the merge out again, to the bit, with `surgery.unmerge(model)`: the rows of the weights
+    that it changes.
     report: gets what rounding did to the change of every tensor, by its name. Where most entries of a change are below
     half a unit in the last place, or the error is larger than the change, and so it is lost, a warning is logged.
     Errors: GraphError S310 for a name that the model does not have, S311 when the model was not transformed, S312 when
@@ -58,6 +59,7 @@ def merge(
     if record is None:
         raise GraphError.of("S311", "the model was not transformed, there is nothing to merge")
     refuse_routed(model)
+    only = (only,) if isinstance(only, str) else only
     check_names(model, only)
     if not only:
         _all_on(model)

@@ -130,7 +130,7 @@ def test_some_are_merged_and_the_others_stay() -> None:
     surgery.unmerge(model)
     assert same(bits(model), tensors)
     assert torch.equal(zoo.logits(model, fed), everything)
-    surgery.merge(plain, only=["french"])
+    surgery.merge(plain, only="french")
     for names, wanted in before.items():
         others = [name for name in names if name != "french"]
         with surgery.disabled(plain):

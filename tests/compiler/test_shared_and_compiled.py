@@ -399,11 +399,11 @@ def test_a_model_is_not_left_with_half_a_merge(monkeypatch: pytest.MonkeyPatch) 
     fed = zoo.inputs(model)
     wanted, fold, calls = zoo.logits(model, fed), merging.fold_some, []
 
-    def failing(path: str, *rest: Any) -> nn.Module:
+    def failing(path: str, *rest: Any, **options: Any) -> nn.Module:
         calls.append(path)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return fold(path, *rest)
+        return fold(path, *rest, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(merging, "fold_some", failing)

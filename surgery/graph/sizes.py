@@ -107,7 +107,8 @@ def _candidates(model: nn.Module, cut: Cut, lists: Lists) -> tuple[dict[Key, Can
     fixed: list[Size] = []
     owned: dict[str, dict[int, int]] = {}
     for axis, left in cut.staying():
-        if [matrix.dim() for matrix in _matrices(model.get_submodule(axis.path))] == [2]:
+        matrices = _matrices(model.get_submodule(axis.path))
+        if [matrix.dim() for matrix in matrices] == [2] and matrices[0] is tensor_of(model, axis.name):  # not its bias
             owned.setdefault(axis.path, {})[axis.axis] = len(left)
     by_place: dict[Any, list[str]] = {}
     cut_at = [axis.path for axis in (*cut.group.axes, *cut.group.shared)]

@@ -133,7 +133,7 @@ CUTS = [
 MORE = [
     ("t5", "prune heads 25% on attn + cross", True),
     ("phi3", "prune heads 40% on attn ; prune neurons 20% on ffn", False),
-    *((family, "prune neurons 40% on ffn", family != "gpt2") for family in zoo.FAMILIES if family != "llama"),  # see #4
+    *((family, "prune neurons 40% on ffn", True) for family in zoo.FAMILIES if family != "llama"),
     ("llama", "prune heads 50% query on attn", True),
     ("qwen2", "prune heads 40% on attn", True),
     ("gemma", "prune heads 33% nearest on attn", True),

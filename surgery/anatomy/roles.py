@@ -163,8 +163,9 @@ class Roles:
         return int(torch.unique(rows, dim=0).shape[0])
 
     def causal(self, call: Call) -> bool:
-        """Whether a query sees no later key."""
+        """Whether a query sees no later key, by the mask's own numbers: also those of a buffer."""
         node = call.node
+        known = self.flow.trace.buffers
         arguments = dict(node.kwargs)
         if not call.scores:
             positional = list(node.args)
@@ -174,13 +175,13 @@ class Roles:
             if not isinstance(mask, fx.Node):
                 return False
             try:
-                (seen,) = self.probe.run([mask], {}, self.flow.boundaries)
+                (seen,) = self.probe.run([mask], known, self.flow.boundaries)
             except Unknown:
                 return False
             allowed = seen if seen.dtype == torch.bool else seen > -1e4
             return triangular(allowed)
         try:
-            (weights,) = self.probe.run([call.softmax], {}, self.flow.boundaries)
+            (weights,) = self.probe.run([call.softmax], known, self.flow.boundaries)
         except Unknown:
             return False
         return triangular(weights > 1e-30)

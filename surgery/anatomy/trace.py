@@ -25,6 +25,7 @@ from surgery.anatomy.mutation import dependencies
 from surgery.anatomy.shadow import Shadow, shadow
 
 CALL = re.compile(r"@\d+")
+HIDDEN = torch.tensor(-1e30, dtype=torch.float64)
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Trace:
 
     weights: placeholder node -> name of the parameter or buffer in the shadow (one name of several where tied).
     given: placeholder node -> the example tensor it stands for.
+    buffers: placeholder node -> the values of a buffer that has some, floating ones in float64: a triangle, positions.
     reads, readers: what each node depends on and what depends on it, writes into memory included.
     writes: (node, operand) -> what wrote into the operand's memory before the node reads it.
     """
@@ -44,6 +46,7 @@ class Trace:
     given: dict[fx.Node, torch.Tensor]
     outputs: list[fx.Node]
     root: nn.Module
+    buffers: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     order: dict[fx.Node, int] = field(default_factory=dict)
     reads: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     readers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
@@ -62,16 +65,16 @@ def trace(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     """Export the model's shadow. Raises ModelError S202 naming the module and the line that cannot be exported."""
     with quiet():
         try:
-            return attempt(shadow(model), arguments, keywords)
+            return attempt(model, shadow(model), arguments, keywords)
         except Exception:
             # A model whose forward cannot do without some layer: take the long way before giving up.
             try:
-                return attempt(shadow(model, once=False), arguments, keywords)
+                return attempt(model, shadow(model, once=False), arguments, keywords)
             except Exception as error:
                 raise failure(model, error) from error
 
 
-def attempt(double: Shadow, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Trace:
+def attempt(model: nn.Module, double: Shadow, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Trace:
     def on_meta(value: Any) -> Any:
         return value.to("meta") if isinstance(value, torch.Tensor) else value
 
@@ -98,16 +101,22 @@ def attempt(double: Shadow, arguments: tuple[Any, ...], keywords: dict[str, Any]
             if isinstance(value, torch.Tensor):
                 given[placeholders[spec.arg.name]] = numbers(value)
     users = set(signature.user_outputs)
+    weights = {placeholders[name]: target for name, target in named.items() if name in placeholders}
+    real = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if not buffer.is_meta}
     last = next(node for node in program.graph.nodes if node.op == "output")
     outputs = [node for node in last.all_input_nodes if node.name in users]
     return Trace(
         nodes=list(program.graph.nodes),
         shadow=double,
-        weights={placeholders[name]: target for name, target in named.items() if name in placeholders},
+        weights=weights,
         parameters=frozenset(placeholders[name] for name in signature.inputs_to_parameters),
         given=given,
         outputs=outputs,
         root=program.graph_module,
+        buffers={
+            **{node: exact(real[name]) for node, name in weights.items() if name in real},
+            **{node: HIDDEN for node in placeholders.values() if hides(node)},
+        },
     )
 
 
@@ -146,6 +155,23 @@ def inline(root: fx.GraphModule) -> None:
 def numbers(value: torch.Tensor) -> torch.Tensor:
     """An example input's values; zeros for one that has none."""
     return torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.detach().cpu()
+
+
+def exact(value: torch.Tensor) -> torch.Tensor:
+    """Its numbers as a probe computes with them: in float64 where they are floating point."""
+    value = value.detach().cpu()
+    return value.double() if value.is_floating_point() else value
+
+
+def hides(node: fx.Node) -> bool:
+    """Whether a node is a number that the code made, to stand where a mask says no; on meta it has no value."""
+    aten: Any = torch.ops.aten
+    if not node.name.startswith("c_") or "lifted_tensor" not in node.name or node.meta["val"].dim() != 0:
+        return False
+    while [user.target for user in node.users] == [aten.detach_.default]:
+        node = next(iter(node.users))
+    masks = (aten.where.self, aten.masked_fill.Tensor)
+    return bool(node.users) and all(user.target in masks and user.args[2] is node for user in node.users)
 
 
 def owner(node: fx.Node) -> str:

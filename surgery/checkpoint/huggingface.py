@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.header import PICKLES, Header, check_checkpoint
+from surgery.checkpoint.weightless import weightless
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def load(directory: Path) -> nn.Module:
 def skeleton(directory: Path, *, meta: bool) -> nn.Module:
     """The model of config.json with ties and buffers, weights not initialised; eval mode.
 
-    meta: everything on the meta device; otherwise parameters are unwritten memory and buffers hold their values.
+    meta: parameters on the meta device; otherwise they are unwritten memory. Buffers hold their values either way.
     """
     cls, settings = _class_and_config(directory)
     model = skeleton_of(cls, settings, _dtype(directory, settings), meta=meta, where=directory)
@@ -72,7 +73,7 @@ def skeleton_of(
     import torch
     from transformers.initialization import no_init_weights
 
-    with quiet(), _told(where), torch.device("meta" if meta else "cpu"), no_init_weights():
+    with quiet(), _told(where), torch.device("cpu"), weightless() if meta else nullcontext(), no_init_weights():
         model = cls._from_config(settings, dtype=dtype, **(options or {}))
         model.tie_weights()
     model.name_or_path = str(where)

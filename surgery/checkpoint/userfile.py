@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from surgery.checkpoint.weightless import weightless
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def build(spec: str, meta: bool) -> tuple[nn.Module, tuple[Any, ...] | Mapping[s
     """The module, its example inputs (None when not given) and the spec with an absolute path.
 
     spec: `FILE.py:FUNCTION` or `module:function`.
-    meta: call it under `torch.device("meta")`; where its code cannot, call it as it is.
+    meta: call it so that parameters have no memory; where its code cannot, call it as it is.
     Errors: S401 no such file, module or function; S409 it raises or returns something else.
     """
     import torch
@@ -40,7 +41,7 @@ def build(spec: str, meta: bool) -> tuple[nn.Module, tuple[Any, ...] | Mapping[s
         if not callable(function):
             raise CheckpointError.of("S401", f"`{place}` has no function `{name}`", help=_functions(module))
         with _reported(spec):
-            result = _call_meta(function) if meta else function()
+            result = _call_weightless(function) if meta else function()
     model, inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(model, torch.nn.Module):
         raise CheckpointError.of(
@@ -53,11 +54,9 @@ def build(spec: str, meta: bool) -> tuple[nn.Module, tuple[Any, ...] | Mapping[s
     return model.eval(), inputs, f"{path.resolve()}:{name}" if from_file else spec
 
 
-def _call_meta(function: Callable[[], Any]) -> Any:
-    import torch
-
+def _call_weightless(function: Callable[[], Any]) -> Any:
     try:
-        with torch.device("meta"):
+        with weightless():
             return function()
     except Exception:  # code that computes with its weights or reads a file cannot run without data
         return function()

@@ -81,7 +81,7 @@ def _trace(module: nn.Module, path: str, given: frozenset[str]) -> fx.Graph:
         line = _line(module, error)
         raise GraphError.of(
             "S341",
-            f"cannot trace the attention of `{type(module).__name__}` at {path}{line}: {error}",
+            f"cannot trace the attention of `{type(module).__name__}` at {path}{line}: {_why(error)}",
             help="its forward decides on values or takes what is no tensor; give the attention a module of its own",
         ) from None
 
@@ -108,6 +108,14 @@ def _traceable(function: Callable[..., Any]) -> Callable[..., Any]:
         return proxies[0].tracer.create_proxy("call_function", function, args, kwargs)
 
     return made
+
+
+def _why(error: Exception) -> str:
+    """What stopped a trace, in a few words; fx says it in its own terms, and at length."""
+    first = str(error).strip().split("\n")[0]
+    if isinstance(error, fx.proxy.TraceError):
+        return "it branches on, or loops over, what is known only when it runs"
+    return first if first and "Proxy" not in first and "__" not in first else "it computes with what is no tensor yet"
 
 
 def _line(module: nn.Module, error: BaseException) -> str:

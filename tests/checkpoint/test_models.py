@@ -6,12 +6,15 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging as theirs
 
+from surgery.anatomy.study import study
 from surgery.checkpoint import huggingface, models
 from surgery.errors import CheckpointError
 from tests import zoo
@@ -33,6 +36,29 @@ def needs_data():
     layer = torch.nn.Linear(width, 3)
     layer.scale = layer.weight.abs().max().item()
     return layer
+
+class Triangle(torch.nn.Module):
+    def __init__(self, causal):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (torch.nn.Linear(8, 8) for _ in range(4))
+        self.o.weight = self.v.weight
+        ones = torch.ones(16, 16)
+        self.register_buffer("bias", torch.tril(ones) if causal else ones, persistent=False)
+
+    def forward(self, x):
+        length = x.shape[1]
+        scores = (self.q(x) @ self.k(x).transpose(1, 2)).masked_fill(self.bias[:length, :length] == 0, float("-inf"))
+        return x + self.o(scores.softmax(-1) @ self.v(x))
+
+def stack(causal):
+    blocks = torch.nn.Sequential(*(torch.nn.Sequential(Triangle(causal)) for _ in range(2)))
+    return blocks, torch.zeros(2, 5, 8)
+
+def hides():
+    return stack(True)
+
+def shows():
+    return stack(False)
 
 def leaves():
     raise SystemExit("no")
@@ -142,6 +168,27 @@ def test_functions_without_weights_where_they_can(file: Path) -> None:
     """On the meta device; a function that reads its own weights is called as it is."""
     assert models.load_meta(f"{file}:build").model.weight.is_meta  # type: ignore[union-attr]
     assert not models.load_meta(f"{file}:needs_data").model.weight.is_meta  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("function", "name"), [("hides", "decoder"), ("shows", "encoder")])
+def test_a_triangle_in_a_buffer_is_seen(file: Path, function: str, name: str) -> None:
+    """A mask that the model carries, not one that it computes: buffers keep their values where weights have none."""
+    for loaded in (models.load(f"{file}:{function}"), models.load_meta(f"{file}:{function}")):
+        anatomy = study(loaded.model, example_inputs=loaded.example_inputs)
+        assert [stack.name for stack in anatomy.stacks] == [name]
+        first = loaded.model.get_submodule("0.0")
+        assert first.o.weight is first.v.weight  # type: ignore[union-attr]
+    assert first.o.weight.is_meta  # type: ignore[union-attr]
+    assert not first.bias.is_meta  # type: ignore[union-attr,operator]
+
+
+@pytest.mark.parametrize("kind", ["OpenAIGPTLMHeadModel", "ImageGPTForCausalImageModeling", "GPTJForCausalLM"])
+def test_decoders_with_triangles(kind: str, tmp_path: Path) -> None:
+    cls: Any = getattr(transformers, kind)
+    model = cls(cls.config_class(n_embd=24, n_layer=2, n_head=2, vocab_size=61, n_positions=32, rotary_dim=4))
+    model.save_pretrained(tmp_path)
+    for loaded in (model.eval(), models.load_meta(str(tmp_path)).model):
+        assert [stack.name for stack in study(loaded).stacks] == ["decoder"]
 
 
 def test_function_that_exits_is_an_error(file: Path) -> None:

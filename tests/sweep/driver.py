@@ -59,11 +59,12 @@ def shorten(config: Any, depth: int = 2) -> None:
 
 
 def build(task: str, kind: str, class_name: str) -> Any:
-    """The model type's class from its default configuration, cut short, on the meta device."""
-    import torch
+    """The model type's class from its default configuration, cut short, its parameters on the meta device."""
     import transformers
     from transformers import CONFIG_MAPPING
     from transformers.initialization import no_init_weights
+
+    from surgery.checkpoint.weightless import weightless
 
     autos = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}
     config = CONFIG_MAPPING[kind]()
@@ -73,7 +74,7 @@ def build(task: str, kind: str, class_name: str) -> Any:
     shorten(config)
     for chosen in (config, whole):
         try:
-            with torch.device("meta"), no_init_weights():
+            with weightless(), no_init_weights():
                 return getattr(transformers, autos[task]).from_config(chosen).eval()
         except (KeyError, IndexError):
             # Some configuration names its layers one by one: leave it whole.

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from surgery.anatomy.edges import Edges
 from surgery.anatomy.lookups import embeddings, norms
+from surgery.anatomy.mutation import written
 from surgery.anatomy.parts import Anatomy, Part, Stack
 from surgery.anatomy.products import Product
 from surgery.anatomy.roles import Roles
@@ -31,6 +32,10 @@ class Draft:
             self.aliases.setdefault(id(tensor), []).append(name)
             self.owners[name] = id(tensor)
         self.parts: list[tuple[int, Part]] = []
+        self.written = written(self.trace.nodes)
+
+    def described(self, role: str, product: Product, channels: torch.Tensor | None) -> Part:
+        return replace(described(role, product, channels), written=product.stored in self.written)
 
     def add(self, node: fx.Node, part: Part) -> None:
         self.parts.append((self.trace.order[node], part))
@@ -40,20 +45,20 @@ class Draft:
         for finding in self.roles.findings:
             product = finding.product
             seen.add((product.path, product.parameter))
-            self.add(product.node, described(finding.role, product, finding.channels))
+            self.add(product.node, self.described(finding.role, product, finding.channels))
         experts = set()
         self.routed = {self.lists.place(f.product.path) for f in self.roles.findings if f.role == "router"}
         for product in self.flow.products:
             place = (product.path, product.parameter)
             if product.kind == "projection" and place not in seen:
                 seen.add(place)
-                self.add(product.node, described("linear", product, None))
+                self.add(product.node, self.described("linear", product, None))
             if product.kind == "experts" and place not in experts:
                 experts.add(place)
                 routed = self.lists.place(product.path) in self.routed
-                self.add(product.node, described("experts" if routed else "linear", product, None))
+                self.add(product.node, self.described("experts" if routed else "linear", product, None))
         for role, product in embeddings(self.roles):
-            self.add(product.node, described(role, product, None))
+            self.add(product.node, self.described(role, product, None))
         for node, path, parameter, width, bias in norms(self.flow):
             self.add(node, Part("norm", "norm", path, parameter, (width,), bias=bias))
 

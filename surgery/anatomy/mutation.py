@@ -37,6 +37,16 @@ def dependencies(nodes: list[fx.Node]) -> tuple[Reads, Writes]:
     return reads, writes
 
 
+def written(nodes: list[fx.Node]) -> frozenset[fx.Node]:
+    """What is written into, by itself or through something that shares its memory."""
+    base: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        aliased = viewed(node)
+        if aliased is not None:
+            base[node] = base.get(aliased, aliased)
+    return frozenset(base.get(each, each) for node in nodes for each in targets(node))
+
+
 def viewed(node: fx.Node) -> fx.Node | None:
     """The operand whose memory a node's result may share."""
     target: Any = node.target

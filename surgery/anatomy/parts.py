@@ -42,6 +42,7 @@ class Part:
     given: of an attention in plain torch, the arguments that the model passes and that have a default.
     input: of an edge, the module that takes the sub-layer's input.
     inlined: of an edge, no module hands it out, and it is computed in the forward of the module at `path`.
+    written: the model's own code writes into the tensor as it runs.
     rescales: of a layer, it does more to what it reads than add to it, as where a norm follows the addition.
     """
 
@@ -60,6 +61,7 @@ class Part:
     given: tuple[str, ...] = ()
     input: str | None = None
     inlined: bool = False
+    written: bool = False
     rescales: bool = False
 
     @property

@@ -1,4 +1,4 @@
-"""Weights that are read in place, by other code than the module that holds them: rewriting the module misses that."""
+"""Weights that are read or written in place, by code that is not the module's own: rewriting the module misses that."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ def read_in_place(part: Part, anatomy: Anatomy) -> str | None:
         return None
     if not part.path:
         return f"the model itself reads `{part.parameter}`, and only a module inside it can be rewritten"
+    if part.written:
+        return f"the model writes into `{part.parameter}` as it runs, as if it were plain numbers"
     others = [each for each in anatomy.parts if each.path == part.path and each.kind in MAPS]
     parameters = dict.fromkeys(each.parameter for each in others)
     if len(parameters) > 1:

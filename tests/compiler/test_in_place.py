@@ -1,4 +1,4 @@
-"""Weights that code reads in place, past the module that holds them: what would miss that reading is refused."""
+"""Weights that code reads in place, past the module that holds them, or written: what would miss that is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DebertaV2Config, DebertaV2ForMaskedLM
+from transformers import DebertaV2Config, DebertaV2ForMaskedLM, RwkvConfig, RwkvForCausalLM
 
 import surgery
 from surgery.errors import PlanError
@@ -85,6 +85,12 @@ def deberta() -> nn.Module:
     return DebertaV2ForMaskedLM(DebertaV2Config(num_hidden_layers=2, legacy=False, **sizes)).eval()
 
 
+def rwkv() -> nn.Module:
+    """It divides two matrices of every layer by powers of two when it goes from training to evaluation."""
+    config = RwkvConfig(hidden_size=12, attention_hidden_size=12, num_hidden_layers=3, vocab_size=50, rescale_every=1)
+    return RwkvForCausalLM(config).eval()
+
+
 @pytest.mark.parametrize("text", ["lora rank 2 on {}", "prune magnitude 50% on {}", "quantize {} nf4", "ia3 on {}"])
 @pytest.mark.parametrize(
     ("make", "where", "because", "inputs"),
@@ -93,6 +99,7 @@ def deberta() -> nn.Module:
         (deberta, "head", "embed and head read `weight`", None),
         (Blocks, "ffn", "one module reads first and second", (NUMBERS,)),
         (Root, "ffn.up", "the model itself reads `first`", (NUMBERS,)),
+        (rwkv, "mixer.out", "the model writes into `weight` as it runs", None),
         (lambda: Named("kernel"), "ffn.up", "its matrix is called `kernel`", (NUMBERS,)),
     ],
 )

@@ -16,6 +16,16 @@ from surgery.errors import ModelError
 BATCH, LENGTH, TARGET_LENGTH = 2, 7, 5
 
 
+def check_model(model: object) -> None:
+    """Raises ModelError S200 for what is none."""
+    if not isinstance(model, nn.Module):
+        raise ModelError.of(
+            "S200",
+            f"not a model: {type(model).__name__}",
+            help="a model is a torch.nn.Module; a path is read by from_pretrained, or by the command line",
+        )
+
+
 def example(model: nn.Module, device: torch.device | None = None) -> dict[str, Any]:
     """Tensors for `model(**inputs)` on the model's device or another: `input_ids` (2, 7).
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from surgery.anatomy.build import build
 from surgery.anatomy.flow import Flow
-from surgery.anatomy.inputs import example
+from surgery.anatomy.inputs import check_model, example
 from surgery.anatomy.parts import Anatomy
 from surgery.anatomy.roles import Roles
 from surgery.anatomy.stacks import Lists
@@ -23,7 +23,7 @@ def study(model: nn.Module, example_inputs: Any = None) -> Anatomy:
 
     example_inputs: a tuple of positional arguments, a mapping of keyword arguments, or a tensor; needed for models that
     are not transformers text models. Dimensions should be at least 2 and all different.
-    Raises ModelError S201 (no example inputs) and S202 (cannot be exported).
+    Raises ModelError S200 (not a module), S201 (no example inputs) and S202 (cannot be exported).
     """
     with studied(model, example_inputs) as roles:
         return build(model, roles)
@@ -32,6 +32,7 @@ def study(model: nn.Module, example_inputs: Any = None) -> Anatomy:
 @contextmanager
 def studied(model: nn.Module, example_inputs: Any = None) -> Iterator[Roles]:
     """The roles of a model's graph, and inside whatever computing with it needs."""
+    check_model(model)
     if example_inputs is None:
         example_inputs = example(model, torch.device("cpu"))
     arguments: tuple[Any, ...] = ()

@@ -99,7 +99,9 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Errors: S440 no such file or not ours, S441 written by a newer version."""
+        """Errors: S401 no such directory, S440 no such file or not ours, S441 written by a newer version."""
+        if not directory.is_dir():
+            raise CheckpointError.of("S401", f"no directory `{directory}`", help="give an output of `surgery apply`")
         path = directory / NAME
         try:
             data = json.loads(path.read_text("utf-8"))

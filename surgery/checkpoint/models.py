@@ -86,7 +86,7 @@ def _directory(spec: str) -> Path | None:
     if spec == "demo":
         return demo_directory()
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec and path.is_dir():  # `` would be the current directory
         if (path / MANIFEST).exists():
             raise CheckpointError.of(
                 "S404",
@@ -94,7 +94,7 @@ def _directory(spec: str) -> Path | None:
                 help=f"fold it first: `surgery merge {spec} -o DIR`",
             )
         return path
-    if ":" in spec:
+    if all(spec.rpartition(":")):
         return None
     if path.suffix in (*huggingface.PICKLES, ".safetensors", ".gguf", ".json") or path.is_file():
         raise CheckpointError.of(

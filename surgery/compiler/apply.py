@@ -14,7 +14,7 @@ from surgery.anatomy.parts import Anatomy
 from surgery.compiler import required
 from surgery.compiler.again import restarting
 from surgery.compiler.drafts import Drafts, place_of
-from surgery.compiler.plan import Plan, Step
+from surgery.compiler.plan import Plan, Step, not_a_program
 from surgery.compiler.plan import plan as make_plan
 from surgery.compiler.record import ATTRIBUTE, Record, continued, record_of, trained_since, unselected
 from surgery.compiler.reshape import reshape
@@ -62,6 +62,8 @@ def apply(
     show that, what the program changes of the base's tensors is kept until it has.
     """
     plan = program
+    if not isinstance(plan, Program | Plan):
+        raise not_a_program(plan)
     if isinstance(plan, Program):
         plan = make_plan(plan, model, example_inputs=example_inputs, tokenizer=tokenizer)
     check_current(plan, model)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Cost:
     """Counts of numbers, and bytes of all tensors, of the model before and after, and of what each step adds.
 
-    unmerged: what to say of places that are no plain maps, and that a merge will leave.
+    unmerged: steps, and what to say of places of theirs that are no plain maps, and that a merge will leave.
     trained: numbers of the base that each step trains. base_trained: those of all steps, each once.
     """
 
@@ -33,7 +33,7 @@ class Cost:
     bytes_after: int
     added: tuple[int, ...]
     bytes: tuple[int, ...]
-    unmerged: tuple[str, ...] = ()
+    unmerged: tuple[tuple[int, str], ...] = ()
     trained: tuple[int, ...] = ()
     base_trained: int = 0
 
@@ -46,12 +46,17 @@ class Cost:
         rest = self.bytes[len(changed) :]
         return replace(self, bytes_before=self.bytes_before - sum(changed), bytes=(*changed, *rest))
 
-    def steps_json(self) -> list[dict[str, int]]:
+    def steps_json(self) -> list[dict[str, Any]]:
         trained = self.trained or (0,) * len(self.added)
+        counts = zip(self.added, trained, self.bytes, strict=True)
         return [
-            {"parameters_added": n, "parameters_trained": t, "bytes_changed": b}
-            for n, t, b in zip(self.added, trained, self.bytes, strict=True)
+            {"parameters_added": n, "parameters_trained": t, "bytes_changed": b, **self._left(index)}
+            for index, (n, t, b) in enumerate(counts)
         ]
+
+    def _left(self, step: int) -> dict[str, list[str]]:
+        texts = [text for index, text in self.unmerged if index == step]
+        return {"unmerged": texts} if texts else {}
 
     def totals_json(self) -> dict[str, Any]:
         total = self.parameters + sum(self.added)
@@ -73,6 +78,7 @@ class Cost:
             totals["bytes_after"],
             tuple(step["parameters_added"] for step in steps),
             tuple(step["bytes_changed"] for step in steps),
+            tuple((index, text) for index, step in enumerate(steps) for text in step.get("unmerged", ())),
             trained=tuple(step.get("parameters_trained", 0) for step in steps),
             base_trained=totals["trainable"] - sum(step["parameters_added"] for step in steps),
         )
@@ -95,7 +101,7 @@ def measure(steps: Sequence[Step], model: nn.Module, seed: int = 0, base: Cost |
     seen: dict[object, list[tuple[int, int, int]]] = {}
     failing: dict[object, list[tuple[tuple[Any, ...], Diagnostic]]] = {}
     refused: dict[tuple[Any, ...], list[Diagnostic]] = {}
-    unmerged: list[str] = []
+    unmerged: list[tuple[int, str]] = []
     for place, visits in visited(steps):
         kind = _kind(model, steps, place, visits)
         if kind not in seen:
@@ -173,7 +179,7 @@ def _visit(drafts: Any, steps: Sequence[Step], visits: list[tuple[int, Part]]) -
     return costs
 
 
-def _reason(drafts: Drafts, steps: Sequence[Step], visits: list[tuple[int, Part]]) -> list[str]:
+def _reason(drafts: Drafts, steps: Sequence[Step], visits: list[tuple[int, Part]]) -> list[tuple[int, str]]:
     """Why a module with a forward of its own cannot take what is attached to it, where the plan says that it merges."""
     index, part = visits[-1]
     facts = getattr(drafts.site(steps[index], part).draft, "facts", None)
@@ -182,7 +188,7 @@ def _reason(drafts: Drafts, steps: Sequence[Step], visits: list[tuple[int, Part]
     try:
         affine(drafts.model.get_submodule(part.path), facts)
     except NotAffine as reason:
-        return [f"`{steps[index].statement}` cannot merge at {part.path}: {reason}"]
+        return [(index, f"`{steps[index].statement}` cannot merge at {part.path}: {reason}")]
     return []
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from surgery.anatomy import select, study
+from surgery.anatomy.inputs import check_model
 from surgery.anatomy.parts import Anatomy, Part, Stack
 from surgery.compiler.conflicts import conflicts
 from surgery.compiler.inplace import read_in_place
@@ -121,6 +122,14 @@ class Plan:
         return cls(program, anatomy, steps, Cost.from_json(data), *told, given)
 
 
+def not_a_program(given: object) -> PlanError:
+    """What to say of something else in its place: most often a text, or the model."""
+    help = "surgery.parse(text) and surgery.load_program(path) give one"
+    if hasattr(given, "named_modules"):
+        help = "the program comes first, then the model"
+    return PlanError.of("S100", f"not a program: {type(given).__name__}", help=help)
+
+
 def _anatomy_json(anatomy: Anatomy) -> dict[str, Any]:
     return {
         "stacks": [[stack.name, stack.path, stack.depth] for stack in anatomy.stacks],
@@ -154,8 +163,8 @@ def plan(
     Of a model that was transformed before, the plan is that of both programs as one.
 
     example_inputs: what a plain torch module is called with. anatomy: a study of this model, when there is one already.
-    Errors: ModelError (cannot be studied, or has no such part), PlanError (does not fit, S101 to S106), all at once;
-    PromiseError S502 where shapes tell that a `require` statement will not hold.
+    Errors: ModelError (no model, cannot be studied, or has no such part), PlanError (no program, or it does not fit,
+    S100 to S106), all at once; PromiseError S502 where shapes tell that a `require` statement will not hold.
     """
     from surgery.compiler import again, required
     from surgery.compiler.cost import measure
@@ -163,6 +172,9 @@ def plan(
     from surgery.compiler.warnings import warnings
     from surgery.graph.attention_calls import observed
 
+    if not isinstance(program, Program):
+        raise not_a_program(program)
+    check_model(model)
     record = record_of(model)
     if record is None:
         anatomy = observed(anatomy or study(model, example_inputs), model, example_inputs)
@@ -194,7 +206,7 @@ def plan(
     if found:
         raise PlanError(*found)
     acting = [step for step in steps if not step.operation.reshapes()]
-    told = (*shared, *others, *idle, *cost.unmerged, *warnings(acting, anatomy, model))
+    told = (*shared, *others, *idle, *(text for _, text in cost.unmerged), *warnings(acting, anatomy, model))
     notes = (*(note for step in acting for note in _chosen_by(step, anatomy, model)), *foreseen)
     if shape is not None:
         told, notes = (*shape.told, *told), (*notes, *shape.loaded)

@@ -90,7 +90,7 @@ def remembered(plan: Plan, model: nn.Module, untrained: Collection[str] = ()) ->
 
 def record_of(model: nn.Module) -> Record | None:
     """The record of a transformed model, None of any other."""
-    record: Record | None = model.__dict__.get(ATTRIBUTE)
+    record: Record | None = getattr(model, "__dict__", {}).get(ATTRIBUTE)
     return record
 
 

@@ -49,7 +49,7 @@ def _step(step: Mapping[str, Any]) -> list[str]:
     if (rows and step["phase"] != "require") or change:
         notes.append(f"{'+' if change >= 0 else '-'}{size(abs(change))}")
     if rows and step["merge"]:
-        notes.append(f"merge: {step['merge']}")
+        notes.append("merge: not everywhere, see the warning" if "unmerged" in step else f"merge: {step['merge']}")
     return [*lines, *(["      " + "; ".join(notes)] if notes else [])]
 
 

@@ -35,6 +35,8 @@ def parse(
     name: what errors call the text. parameters: values for its `let` names, as numbers or as written, `"5%"`.
     directory: where its relative paths start. Raises ProgramError with every fault of the text and of what it includes.
     """
+    if not isinstance(text, str):
+        raise ProgramError.of("S100", f"not a program: {type(text).__name__}", help="a program is a text")
     source = Source(name, text)
     collector = _Collector()
     collector.text(source, directory, ())

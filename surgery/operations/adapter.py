@@ -80,6 +80,8 @@ class Adapter(Operation):
     scale: Number | Variant = option(
         "s, what the adapter's output is multiplied with; learned from a number on, or fixed",
         default=1.0,
+        at_least=-1e6,
+        at_most=1e6,
         choices={"learned": payload(Number, default=1.0)},
     )
     dropout: Share = option("share of the bottleneck dropped in training", default=0.0, below=1)

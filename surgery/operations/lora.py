@@ -64,7 +64,7 @@ class Lora(Operation):
         above=0,
         below=1,
     )
-    alpha: Number | Numbers | None = option("numerator of the scale", default=same_as("rank"), above=0)
+    alpha: Number | Numbers | None = option("numerator of the scale", default=same_as("rank"), above=0, at_most=1e6)
     dropout: Share = option("share of the adapter's input dropped in training", default=0.0, below=1)
     init: Word | Variant = option(
         "what A starts as. `pissa`: A and B from the weight's largest singular values, the base keeps the rest; "

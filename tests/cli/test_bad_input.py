@@ -130,6 +130,9 @@ def test_all_errors_of_a_program_at_once(run: Run, tmp_path: Path) -> None:
         ("no.such.module:mlp", "lora rank 2 on all linear", "S401", "no module"),
         ("syntax.py:mlp", "lora rank 2 on all linear", "S409", "syntax.py:1"),
         ("nowhere", "lora rank 2 on all linear", "S401", "no model"),
+        ("", "lora rank 2 on all linear", "S401", "no model"),
+        (":", "lora rank 2 on all linear", "S401", "no model"),
+        ("plain.py:", "lora rank 2 on all linear", "S401", "no model"),
         ("empty", "lora rank 2 on all linear", "S403", "config.json"),
     ],
 )

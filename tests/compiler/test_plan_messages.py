@@ -100,6 +100,23 @@ def test_what_v2_cannot_do_is_written_as_a_prefix(via: str, other: str) -> None:
     assert str(surgery.parse(other).statements[0].operation) in f"{other}"
 
 
+def test_what_stays_in_a_merge_is_not_said_to_fold() -> None:
+    """A router with a forward of its own: the plan's line, its warning and the merged model say the same."""
+    model = zoo.tiny("mixtral")
+    plan = surgery.plan(surgery.parse("lora rank 2 on router\nlora rank 2 on attn.q"), model)
+    lines = str(plan).splitlines()
+    router, query = (next(i for i, line in enumerate(lines) if line.strip() == f"lora rank 2 on {role}")
+                     for role in ("router", "attn.q"))  # fmt: skip
+    assert lines[router + 2].endswith("merge: not everywhere, see the warning")
+    assert lines[query + 2].endswith("merge: folds into the weight")
+    assert any("`lora rank 2 on router` cannot merge" in line for line in lines)
+    assert str(type(plan).from_json(plan.to_json())) == str(plan)
+    merged = surgery.merge(surgery.apply(plan, model))
+    left = [name for name, module in merged.named_modules() if type(module).__name__ == "Rewritten"]
+    assert left
+    assert all("mlp.gate" in name for name in left)
+
+
 def test_a_place_that_is_the_model_has_a_name() -> None:
     """Promise: where the model itself is the place, the plan says so and not nothing."""
     model = zoo.specimen("nano").model

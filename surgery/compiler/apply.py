@@ -21,7 +21,7 @@ from surgery.compiler.reshape import reshape
 from surgery.compiler.switch import refuse_routed, rest
 from surgery.compiler.training import declare
 from surgery.errors import PlanError, standing_at
-from surgery.graph import entry, soft_entry
+from surgery.graph import entry, once, soft_entry
 from surgery.graph.attention_text import check_known
 from surgery.graph.fingerprint import fingerprints
 from surgery.graph.module import added_parameters
@@ -156,6 +156,7 @@ def _perform(plan: Plan, model: Model, context: Context, hollow: bool, tell: Tel
     rest(model)
     entry.install(model, plan.anatomy.parts)
     soft_entry.install(model, plan.anatomy)
+    once.install(model)
     if not hollow:
         for step, mine in zip(plan.steps, sites, strict=True):
             if step in begun:

@@ -20,6 +20,7 @@ from surgery.compiler.switch import RESTED, check_names, names, refuse_routed, r
 from surgery.compiler.training import declare, trained
 from surgery.compiler.unmerge import before, keep_changes
 from surgery.errors import GraphError
+from surgery.graph import once
 from surgery.graph.affine import NotAffine
 from surgery.graph.edge import CHILD, Edge
 from surgery.graph.module import Rewritten, added_parameters, rewritten, standings
@@ -96,6 +97,7 @@ def merge(
             fold_into(module, wanted)
             stacked.add(path)
     _untie(model)
+    once.install(model)
     left = _what_is_left(record, model, wanted, set(folded) | stacked)
     if left.steps:
         declare(left, model)

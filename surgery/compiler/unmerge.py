@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from surgery.compiler.record import ATTRIBUTE
 from surgery.compiler.switch import RESTED, refuse_routed
 from surgery.errors import GraphError
+from surgery.graph import once
 from surgery.graph.module import Rewritten, duplicate, rewritten
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -205,6 +206,7 @@ def unmerge(model: Model) -> Model:
         model.__dict__[KEPT] = merges[:-1]
     else:
         del model.__dict__[KEPT]
+    once.install(model)
     return model
 
 

@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from surgery.anatomy.parts import Anatomy, Kind, Part
-    from surgery.graph import attention_cache, attention_text, entry
+    from surgery.graph import attention_cache, attention_text, entry, once
     from surgery.graph.attention import AttentionSite
 else:
     attention_cache = lazy("surgery.graph.attention_cache")
     attention_text, entry = lazy("surgery.graph.attention_text"), lazy("surgery.graph.entry")
+    once = lazy("surgery.graph.once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ class Prefix(Operation):
         offset = site.shared("prefix_trunk_bias", (bottleneck,))
         weight = site.parameter("prefix_mlp_weight", (heads.key_value * width, bottleneck), kaiming)
         bias = site.parameter("prefix_mlp_bias", (heads.key_value * width,))
-        hidden = site.call(torch.tanh, site.call(functional.linear, embedding, trunk, offset))
+        hidden = site.call(once.tanh_linear, embedding, trunk, offset)
         both = site.call(attention_text.by_head, site.call(functional.linear, hidden, weight, bias), heads.key_value)
         key = site.folds_to("prefix_key", site.call(torch.narrow, both, 2, 0, heads.key_width))
         value = site.folds_to("prefix_value", site.call(torch.narrow, both, 2, heads.key_width, heads.value_width))

@@ -1,0 +1,83 @@
+"""What every layer computes alike from shared parameters, computed once in a forward pass of the model.
+
+Autograd then runs back through it once, too. A value lives from the first layer that asks to the end of the pass, so
+it is never part of two passes; where autograd keeps a layer's tensors in its own way (gradient checkpoints, offloading)
+or a compiler traces, and outside a pass of the model, each layer computes it for itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgery.anatomy.build import common
+from surgery.anatomy.entries import callable_at
+from surgery.graph.hooks import drop
+from surgery.graph.module import Rewritten
+
+_HELD = threading.local()  # in `values`: id of a shared parameter -> circumstances -> the value
+
+
+def tanh_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """tanh(x W^T + b), (rows, out)."""
+    if torch.compiler.is_compiling() or _kept_elsewhere():
+        return torch.tanh(F.linear(x, weight, bias))
+    held = getattr(_HELD, "values", {}).get(id(x), {})
+    now = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(x.device.type))
+    if now not in held:
+        held[now] = torch.tanh(F.linear(x, weight, bias))
+    return held[now]  # type: ignore[no-any-return]
+
+
+def _kept_elsewhere() -> bool:
+    """Whether saved tensors go through hooks: those of a checkpoint count them, and find fewer where one is shared."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
+
+
+class Opens:
+    """A forward pre-hook of the module that holds all layers: a pass begins."""
+
+    def __init__(self, shared: tuple[Tensor, ...]) -> None:
+        self.shared = shared
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            values = _HELD.__dict__.setdefault("values", {})
+            values.update({id(tensor): {} for tensor in self.shared})
+
+
+class Closes(Opens):
+    """Its forward hook: the pass ends, however it does."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        if not torch.compiler.is_compiling():
+            for tensor in self.shared:
+                getattr(_HELD, "values", {}).pop(id(tensor), None)
+
+
+def install(model: nn.Module) -> None:
+    """Let a pass begin and end at the innermost module above all layers that share. Repeat it after every change."""
+    drop(model, lambda hook: isinstance(hook, Opens))
+    sharing: dict[int, tuple[Tensor, list[str]]] = {}
+    for path, module in model.named_modules():
+        for tensor in _asked(module):
+            sharing.setdefault(id(tensor), (tensor, []))[1].append(path)
+    for tensor, paths in sharing.values():
+        if len(paths) > 1:
+            above = model.get_submodule(callable_at(model, common(paths)))
+            above.register_forward_pre_hook(Opens((tensor,)))
+            above.register_forward_hook(Closes((tensor,)), always_call=True)
+
+
+def _asked(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters that a module computes a shared value from."""
+    if isinstance(module, Rewritten):
+        for node in module.full.nodes:
+            if node.target is tanh_linear:
+                yield module.get_parameter(str(node.all_input_nodes[0].target))

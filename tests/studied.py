@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 import surgery
 from surgery.anatomy.parts import Anatomy
@@ -20,3 +24,15 @@ def apply(program: str, name: str, model: Any, tokenizer: Any = None) -> Any:
     """The model, a specimen of that name, transformed."""
     plan = surgery.plan(surgery.parse(program), model, tokenizer=tokenizer, anatomy=anatomy(name))
     return surgery.apply(plan, model, tokenizer=tokenizer)
+
+
+def same_gradients(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Equal to the bit; but what layers share (a trunk) sums over them, in any order, so some units of its largest."""
+    if one.keys() != other.keys():
+        return False
+    exact = [name for name in one if "_trunk_" not in name and "_embedding" not in name]
+    near = [
+        bool((one[name] - other[name]).abs().max() <= 16 * torch.finfo(one[name].dtype).eps * one[name].abs().max())
+        for name in one.keys() - set(exact)
+    ]
+    return all(near) and all(torch.equal(one[name], other[name]) for name in exact)

@@ -22,6 +22,7 @@ from surgery.checkpoint.work import work_through
 from surgery.compiler import Plan, merge, record_of
 from surgery.compiler.merge import named
 from surgery.compiler.some import fold_some
+from surgery.graph import scratch
 from surgery.graph.blank import blank, lent
 from surgery.graph.module import Rewritten, rewritten, standings
 from surgery.graph.rounding import Rounding, one_thread
@@ -129,10 +130,11 @@ class Merging:
             return sink.write(self.found.constants())
         todo = self._todo[unit]
         if isinstance(todo, str):
-            made, roundings = self._folded(todo)
-            sink.notes.update((name, asdict(one)) for name, one in roundings.items())
-            wrote = [self.found.values(name, tensor) for name, tensor in made.items() if name in self.found.held]
-            return [key for values in wrote for key in sink.write(values)]
+            with scratch.reused():
+                made, roundings = self._folded(todo)
+                sink.notes.update((name, asdict(one)) for name, one in roundings.items())
+                wrote = [self.found.values(name, tensor) for name, tensor in made.items() if name in self.found.held]
+                return [key for values in wrote for key in sink.write(values)]
         for name in todo:
             self.manifest.check(name, sink.copy(name, self.source, self._key(name)))
         return todo

@@ -9,11 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import torch
-
 from surgery.checkpoint.header import Header, TensorInfo
 from surgery.checkpoint.tensors import DTYPES, bytes_of
 from surgery.errors import CheckpointError
+from surgery.graph import scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +64,7 @@ class Source:
         info, path = self.infos[name], self._files[name]
         if info.dtype not in DTYPES:
             raise CheckpointError.of("S412", f"`{path}`: {name} has dtype {info.dtype}, which is not supported")
-        tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        tensor = scratch.empty(info.shape, DTYPES[info.dtype])
         self._read_into(name, bytes_of(tensor), 0)
         return tensor
 

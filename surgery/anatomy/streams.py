@@ -78,7 +78,9 @@ class Streams(Coupling):
         if written != set(range(width)):
             raise Mixed("what it reads mixes channels without a stored matrix, as a convolution over positions does")
         columns = self.columns(reader, range(width)) if reader.kind != "experts" else _columns(reader)
-        found = tuple(self.norm(path, width) for path in reach.norms)
+        held = {axis.path for axis in table.values()}
+        # Before a map from one stream to another of the same width there may be more norms, of the other one.
+        found = tuple(self.norm(path, width) for path in reach.norms if path in held or not self.weighs(path))
         return Group("channels", width, (columns,), tuple(table.values()), norms=found)
 
     def joined(self, groups: Iterable[Group]) -> list[Group]:
@@ -102,6 +104,10 @@ class Streams(Coupling):
             return True
         readers = {place(axis.path) for axis in group.readers}
         return any(place(axis.path) != reader for axis in group.writers for reader in readers if reader is not None)
+
+    def weighs(self, path: str) -> bool:
+        """Whether a module has parameters, which would stand among those of its stream."""
+        return next(self.trace.shadow.module.get_submodule(path).parameters(), None) is not None
 
     def norm(self, path: str, width: int) -> Norm:
         if path not in self.learnt:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AlbertConfig, AlbertForMaskedLM
 
+import surgery
 from surgery.anatomy.groups import Axis, Group, Kind, joined
 from surgery.anatomy.units import coupled
 from tests import zoo
@@ -297,3 +299,15 @@ def test_groups_that_share_an_axis_are_one_and_must_divide_it_alike() -> None:
     turned = Group("heads", 3, other.readers, (Axis.of("", "table", 1, (2, 1, 0)),))
     with pytest.raises(ValueError, match="table"):
         joined([one, turned])
+
+
+@pytest.mark.parametrize("embedding", [24, 16])
+def test_norms_of_another_stream_are_not_of_this_one(embedding: int) -> None:
+    """ALBERT maps a stream of embeddings to the hidden one; where both are as wide, the first one's norm stays whole."""
+    sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 14}
+    model = AlbertForMaskedLM(AlbertConfig(vocab_size=61, embedding_size=embedding, **sizes)).eval()
+    surgery.apply(surgery.parse("prune channels 25%"), model)
+    assert model.albert.embeddings.LayerNorm.weight.shape == (embedding,)
+    group = model.albert.encoder.albert_layer_groups[0].albert_layers[0]
+    assert group.full_layer_layer_norm.weight.shape == (18,)
+    assert surgery.verify(model)

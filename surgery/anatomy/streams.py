@@ -80,7 +80,7 @@ class Streams(Coupling):
         columns = self.columns(reader, range(width)) if reader.kind != "experts" else _columns(reader)
         held = {axis.path for axis in table.values()}
         # Before a map from one stream to another of the same width there may be more norms, of the other one.
-        found = tuple(self.norm(path, width) for path in reach.norms if path in held or not self.weighs(path))
+        found = tuple(norm for path in reach.norms if not (norm := self.norm(path, width)).gain or path in held)
         return Group("channels", width, (columns,), tuple(table.values()), norms=found)
 
     def joined(self, groups: Iterable[Group]) -> list[Group]:
@@ -104,10 +104,6 @@ class Streams(Coupling):
             return True
         readers = {place(axis.path) for axis in group.readers}
         return any(place(axis.path) != reader for axis in group.writers for reader in readers if reader is not None)
-
-    def weighs(self, path: str) -> bool:
-        """Whether a module has parameters, which would stand among those of its stream."""
-        return next(self.trace.shadow.module.get_submodule(path).parameters(), None) is not None
 
     def norm(self, path: str, width: int) -> Norm:
         if path not in self.learnt:

@@ -303,7 +303,7 @@ def test_groups_that_share_an_axis_are_one_and_must_divide_it_alike() -> None:
 
 @pytest.mark.parametrize("embedding", [24, 16])
 def test_norms_of_another_stream_are_not_of_this_one(embedding: int) -> None:
-    """ALBERT maps a stream of embeddings to the hidden one; where both are as wide, the first one's norm stays whole."""
+    """ALBERT maps a stream of embeddings to the hidden one: the norm of the first stays whole, as wide as it may be."""
     sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 14}
     model = AlbertForMaskedLM(AlbertConfig(vocab_size=61, embedding_size=embedding, **sizes)).eval()
     surgery.apply(surgery.parse("prune channels 25%"), model)

@@ -81,7 +81,7 @@ def attempt(model: nn.Module, double: Shadow, arguments: tuple[Any, ...], keywor
     config: Any = getattr(double.module, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False
-    _group_experts(double.module)
+    multiply_experts(double.module, "grouped_mm")
     takes = inspect.signature(double.module.forward).parameters
     if hasattr(config, "to_dict") and "use_cache" in takes:
         keywords = {**keywords, "use_cache": False}
@@ -120,12 +120,15 @@ def attempt(model: nn.Module, double: Shadow, arguments: tuple[Any, ...], keywor
     )
 
 
-def _group_experts(double: nn.Module) -> None:
-    """Let transformers' experts multiply in groups, the one way that shows which weight meets which input."""
+def multiply_experts(double: nn.Module, how: str) -> None:
+    """Let transformers' experts multiply in one way: `grouped_mm` shows which weight meets which input.
+
+    Without weights only `batched_mm` runs whatever the dtype and the sizes.
+    """
     for module in double.modules():
         config: Any = module.__dict__.get("config")
-        if getattr(config, "_experts_implementation_internal", None) not in (None, "grouped_mm"):
-            config._experts_implementation_internal = "grouped_mm"
+        if getattr(config, "_experts_implementation_internal", None) not in (None, how):
+            config._experts_implementation_internal = how
 
 
 def inline(root: fx.GraphModule) -> None:

@@ -111,7 +111,7 @@ def cut(model: nn.Module, cuts: Sequence[Cut], inputs: Any = None, *, check: boo
             wanted = _output(whole, given)
     # Rounding is some eps of the whole; a wrong row is of its size. (Single numbers of 16 bits may be off by more.)
     if found.shape != wanted.shape or _size(found - wanted) > _size(wanted) * _eps(wanted) ** 0.5:
-        raise _unequal(cuts, "it gives other numbers")
+        raise _unequal(cuts, f"it gives other numbers than the whole with those {cuts[0].group.kind} at zero")
 
 
 def _zeroed(tensor: Tensor, axis: int, index: Tensor, full: int) -> Tensor:
@@ -121,7 +121,7 @@ def _zeroed(tensor: Tensor, axis: int, index: Tensor, full: int) -> Tensor:
 def _unequal(cuts: Sequence[Cut], what: str) -> GraphError:
     return GraphError.of(
         "S332",
-        f"{cuts[0].group.places[0]} cannot be cut: {what} than the whole with those {cuts[0].group.kind} at zero",
+        f"{cuts[0].group.places[0]} cannot be cut: {what}",
         help="its forward goes by something else that depends on their number",
     )
 

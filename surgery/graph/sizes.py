@@ -22,6 +22,7 @@ from surgery.anatomy.shadow import shadow
 from surgery.anatomy.stacks import Lists
 from surgery.anatomy.streams import literals
 from surgery.anatomy.study import studied
+from surgery.anatomy.trace import multiply_experts
 from surgery.anatomy.units import groups_of
 from surgery.errors import GraphError, ModelError
 from surgery.graph.configuration import like
@@ -260,6 +261,7 @@ def _only_norms(before: Sequence[float], after: Sequence[float], cuts: Sequence[
 
 def _stumbles(double: nn.Module, inputs: Any) -> str | None:
     """Why a model without weights cannot be run; None as well where it is not known how."""
+    multiply_experts(double, "batched_mm")
     try:
         given = example(double, torch.device("meta")) if inputs is None else inputs
         given = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, given)

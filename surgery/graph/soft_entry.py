@@ -138,8 +138,14 @@ class EntrySite(Site):
         assert self.part.input is not None
         lookup = context.model.get_submodule(self.part.input)
         with torch.no_grad():
-            found: Tensor = lookup(torch.tensor([ids], device=self.draft.device))[0]
-        return found
+            found = lookup(torch.tensor([ids], device=self.draft.device))
+        if not isinstance(found, Tensor):
+            raise GraphError.of(
+                "S394",
+                f"{self.part.input} gives a {type(found).__name__}, and no tensor that more rows could stand in",
+                help="take `prefix` instead",
+            )
+        return found[0]
 
 
 def key(site: Site) -> str:

@@ -38,4 +38,6 @@ def _other_shape(subject: Subject, part: Part) -> bool:
     if tensor is None:
         return True
     shape = tuple(tensor.shape)
+    while len(shape) > len(part.shape) and shape[-1] == 1:  # a convolution over one position
+        shape = shape[:-1]
     return (shape[::-1] if part.transposed else shape) != part.shape

@@ -395,3 +395,27 @@ def test_planning_reads_shapes_alone_and_dtypes_and_ties_stay() -> None:
     assert model.model.layers[0].mlp.up_proj.weight.shape == (35, 15)
     assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
     assert relative_error(zoo.logits(model, zoo.padded(model)), before) > merge_bound(torch.bfloat16) / 100
+
+
+@pytest.mark.parametrize("program", ["prune channels 25% nearest", "prune channels 50% nearest by random"])
+def test_experts_are_cut_with_the_stream(program: str) -> None:
+    """Their stacks read and write it, and so does their router; sizes that grouped products cannot take say so."""
+    model = surgery.apply(surgery.parse(program), zoo.tiny("qwen2_moe"))
+    width = model.model.embed_tokens.weight.shape[1]
+    assert width < zoo.config("qwen2_moe").hidden_size
+    block = model.model.layers[0].mlp
+    assert (
+        block.experts.gate_up_proj.shape[-1]
+        == block.experts.down_proj.shape[-2]
+        == block.gate.weight.shape[-1]
+        == width
+    )
+    report = surgery.verify(model)
+    assert report, str(report)
+    assert report.of("shrunk_equals_masked")
+
+
+def test_sizes_that_grouped_products_cannot_take() -> None:
+    model = zoo.tiny("mixtral")
+    with pytest.raises(surgery.SurgeryError, match=r"S332.* it cannot run .*multiple of 16 bytes"):
+        surgery.apply(surgery.parse("prune channels 25%"), model)

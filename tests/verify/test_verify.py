@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import SqueezeBertConfig, SqueezeBertForMaskedLM
 
 import surgery
 from tests import zoo
@@ -162,3 +163,29 @@ def test_an_unknown_promise_is_said_to_be_unchecked(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Lora, "promises", lambda self: ("merges", "cures_everything"))
     report = surgery.verify(transformed("lora rank 2 on attn.q"))
     assert report.of("cures_everything")[0].status == "skipped"
+
+
+def test_a_model_that_lies_across_addresses_is_still_green() -> None:
+    """Tensors of a mapped file start anywhere, where kernels may sum in another order; nothing is moved for good."""
+    model = surgery.apply(surgery.parse("prompt 3 init normal"), zoo.tiny("mixtral"))
+    for tensor in model.parameters():
+        room = torch.empty(tensor.numel() + 16, dtype=tensor.dtype)
+        start = (8 - room.data_ptr() % 64) // tensor.element_size() % (64 // tensor.element_size())
+        tensor.data = room[start : start + tensor.numel()].view(tensor.shape).copy_(tensor.data)
+    places = [tensor.data_ptr() for tensor in model.parameters()]
+    assert all(place % 64 for place in places)
+    report = surgery.verify(model)
+    assert report, str(report)
+    assert report.of("round_trip")
+    assert [tensor.data_ptr() for tensor in model.parameters()] == places
+
+
+def test_a_convolution_over_one_position_has_the_planned_width() -> None:
+    sizes = {"hidden_size": 24, "embedding_size": 24, "num_attention_heads": 2, "intermediate_size": 16}
+    groups = {f"{name}_groups": 2 for name in ("q", "k", "v", "post_attention", "intermediate", "output")}
+    model = SqueezeBertForMaskedLM(SqueezeBertConfig(vocab_size=61, num_hidden_layers=3, **sizes, **groups)).eval()
+    report = surgery.verify(surgery.apply(surgery.parse("drop layers 1"), model))
+    assert report, str(report)
+    assert report.of("complete")
+    del model.transformer.encoder.layers[1]
+    assert not surgery.verify(model)

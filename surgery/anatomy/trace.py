@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import operator
 import re
@@ -191,11 +192,11 @@ def call_of(node: fx.Node) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Export's own warnings and logs say nothing about the model; its failures come as exceptions."""
-    names = ("torch.export", "torch._export", "torch._subclasses.fake_tensor", "transformers")
+    """Export's own warnings, logs and prints say nothing about the model; its failures come as exceptions."""
+    names = ("torch.export", "torch._export", "torch._subclasses.fake_tensor", "torch.fx", "transformers")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             for logger in loggers:

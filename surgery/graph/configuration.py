@@ -78,13 +78,24 @@ def _choices(config: Any, changes: Sequence[Change]) -> Iterator[dict[str, Any]]
     for change in (each for each in changes if each.kept is not None):
         for name, value in vars(config).items():
             if isinstance(value, (list, tuple)) and len(value) == change.was:
-                lists[name] = type(value)(value[index] for index in change.kept or ())
+                shorter = type(value)(value[index] for index in change.kept or ())
+                if _takes(config, name, shorter):
+                    lists[name] = shorter
     options = [list(_subsets(_candidates(config, change.was))) for change in changes]
     for chosen in islice(product(*options), MOST):
         fields = dict(lists)
         for change, names in zip(changes, chosen, strict=True):
             fields.update(dict.fromkeys(names, change.now))
         yield fields
+
+
+def _takes(config: Any, name: str, value: Any) -> bool:
+    """Whether a field may have this value: one of as many entries as there are layers may be a pair of limits."""
+    try:
+        setattr(copy.copy(config), name, value)
+    except Exception:  # what checks it is the configuration's own
+        return False
+    return True
 
 
 def _candidates(config: Any, value: float) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from surgery.anatomy.parts import Part
@@ -37,7 +38,7 @@ def _other_shape(subject: Subject, part: Part) -> bool:
     tensor = module._parameters.get(part.parameter)
     if tensor is None:
         return True
+    if tensor.dim() > len(part.shape):  # by heads, or a convolution over one position
+        return tensor.numel() != math.prod(part.shape)
     shape = tuple(tensor.shape)
-    while len(shape) > len(part.shape) and shape[-1] == 1:  # a convolution over one position
-        shape = shape[:-1]
     return (shape[::-1] if part.transposed else shape) != part.shape

@@ -204,3 +204,15 @@ def test_depth_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sum(part.role == "attn.q" for part in anatomy.parts) == depth
     assert len(sizes) == 2
     assert 0 < sizes[0] == sizes[1]
+
+
+def test_what_cannot_be_exported_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """Export prints the graph so far on its own; the error is what is to be read."""
+
+    class Decides(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1 if (x == 0).any() else x
+
+    with pytest.raises(ModelError, match=r"S202.*Decides"):
+        study(Decides(), (torch.zeros(2, 3),))
+    assert capfd.readouterr() == ("", "")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import surgery
@@ -212,3 +213,19 @@ def test_a_transformed_model_is_not_reshaped() -> None:
     assert record_of(merged) is None
     surgery.apply(surgery.parse("drop layers 1"), merged)
     assert len(merged.model.layers) == 1
+
+
+@pytest.mark.parametrize(
+    "kind", ["FalconH1ForCausalLM", "XLNetLMHeadModel"], ids=["a pair that is no list of layers", "matrices by heads"]
+)
+def test_odd_families(kind: str) -> None:
+    cls: Any = getattr(transformers, kind)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes |= {"head_dim": 8, "num_key_value_heads": 2}
+    if kind.startswith("XLNet"):
+        sizes = {"n_layer": 2, "d_model": 32, "d_inner": 48, "n_head": 4}
+    model = cls(cls.config_class(vocab_size=61, **sizes)).eval()
+    surgery.apply(surgery.parse("drop layers 1"), model)
+    assert [stack.depth for stack in surgery.study(model).stacks] == [1]
+    assert surgery.verify(model), str(surgery.verify(model))
+    assert model(torch.tensor([[3, 5, 8]]))[0].isfinite().all()

@@ -103,6 +103,17 @@ class Probe:
             raise Unknown(f"{node.name}: {error}") from error
 
 
+class Informed(Probe):
+    """Knows the values of the model's buffers, where they have some: a mask may be one of them."""
+
+    def value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        known = self.trace.buffers.get(node)
+        if known is None:
+            return super().value(node, values)
+        # A copy, as it may be written into.
+        return known.detach().to("cpu", torch.float64 if known.is_floating_point() else known.dtype, copy=True)
+
+
 def call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     """One operator, with every floating dtype made float64 and every device the CPU."""
     args: Any

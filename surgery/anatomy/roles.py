@@ -12,7 +12,7 @@ from torch import fx
 
 from surgery.anatomy.flow import Call, Flow
 from surgery.anatomy.parts import Heads
-from surgery.anatomy.probe import Probe, Unknown, gradients, shape_of
+from surgery.anatomy.probe import Informed, Probe, Unknown, gradients, shape_of
 from surgery.anatomy.products import Product, operator_name
 from surgery.anatomy.stretch import Stretch, channel_mask
 
@@ -165,7 +165,7 @@ class Roles:
     def causal(self, call: Call) -> bool:
         """Whether a query sees no later key, by the mask's own numbers: also those of a buffer."""
         node = call.node
-        known = self.flow.trace.buffers
+        probe = Informed(self.flow.trace)
         arguments = dict(node.kwargs)
         if not call.scores:
             positional = list(node.args)
@@ -175,13 +175,13 @@ class Roles:
             if not isinstance(mask, fx.Node):
                 return False
             try:
-                (seen,) = self.probe.run([mask], known, self.flow.boundaries)
+                (seen,) = probe.run([mask], {}, self.flow.boundaries)
             except Unknown:
                 return False
             allowed = seen if seen.dtype == torch.bool else seen > -1e4
             return triangular(allowed)
         try:
-            (weights,) = self.probe.run([call.softmax], known, self.flow.boundaries)
+            (weights,) = probe.run([call.softmax], {}, self.flow.boundaries)
         except Unknown:
             return False
         return triangular(weights > 1e-30)

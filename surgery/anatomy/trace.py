@@ -35,7 +35,7 @@ class Trace:
 
     weights: placeholder node -> name of the parameter or buffer in the shadow (one name of several where tied).
     given: placeholder node -> the example tensor it stands for.
-    buffers: placeholder node -> the values of a buffer that has some, floating ones in float64: a triangle, positions.
+    buffers: placeholder node -> a buffer of the model that has values: a triangle, positions.
     reads, readers: what each node depends on and what depends on it, writes into memory included.
     writes: (node, operand) -> what wrote into the operand's memory before the node reads it.
     """
@@ -115,7 +115,7 @@ def attempt(model: nn.Module, double: Shadow, arguments: tuple[Any, ...], keywor
         outputs=outputs,
         root=program.graph_module,
         buffers={
-            **{node: exact(real[name]) for node, name in weights.items() if name in real},
+            **{node: real[name] for node, name in weights.items() if name in real},
             **{node: HIDDEN for node in placeholders.values() if hides(node)},
         },
     )
@@ -159,12 +159,6 @@ def inline(root: fx.GraphModule) -> None:
 def numbers(value: torch.Tensor) -> torch.Tensor:
     """An example input's values; zeros for one that has none."""
     return torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.detach().cpu()
-
-
-def exact(value: torch.Tensor) -> torch.Tensor:
-    """Its numbers as a probe computes with them: in float64 where they are floating point."""
-    value = value.detach().cpu()
-    return value.double() if value.is_floating_point() else value
 
 
 def hides(node: fx.Node) -> bool:

@@ -9,13 +9,14 @@ from typing import Any
 
 from surgery.errors import Diagnostic, ProgramError
 from surgery.language import comparisons
+from surgery.language.clauses import Clauses
 from surgery.language.program import Statement
 from surgery.language.roles import is_stack, names_parts, resolve, union
-from surgery.language.selector import Difference, Intersection, Selector, Union
+from surgery.language.selector import Selector, Union
 from surgery.language.source import Span
 from surgery.language.suggest import did_you_mean, listed, nearest
 from surgery.language.syntax import MOST_FAULTS
-from surgery.language.tree import Act, Clause, Every, Group, Joined, LayerRange, Literal, Selection, Word
+from surgery.language.tree import Act, Every, Group, Joined, LayerRange, Literal, Selection, Word
 from surgery.language.values import Limits, convert, moved, wanted
 from surgery.language.verbs import recognise
 from surgery.language.wording import described, expected, short, usage, worded
@@ -65,18 +66,13 @@ class _Binder:
         self.attempt(self.lead)
         while self.at < len(self.items) and len(self.faults) < MOST_FAULTS:
             self.attempt(self.item)
-        clauses = self.clauses()
-        selector = self.selector(clauses)
-        name = clauses["as"].value.text if "as" in clauses and isinstance(clauses["as"].value, Word) else None
-        if name is not None and "." in name:
-            said = f"'{name}' cannot be a name"
-            self.faults.append(Diagnostic("S033", said, clauses["as"].value.span, "choose another, without a dot"))
-        expect = self.expect(clauses["expect"]) if "expect" in clauses else None
+        clauses = Clauses(self.act, self.operation, self.context.values, self.faults)
+        selector, name, expect = clauses.selector(self.leading or self.selected()), clauses.name(), clauses.expect()
         self.missing()
         operation = self.build() if not self.faults else None
         if operation is not None and name is not None and not operation.nameable:
             said = f"{self.act.verb.text} attaches nothing here that a name could switch"
-            self.faults.append(Diagnostic("S017", said, clauses["as"].span, "", f"leave `as {name}` out"))
+            self.faults.append(Diagnostic("S017", said, clauses.written["as"].span, "", f"leave `as {name}` out"))
         if operation is None or self.faults:
             raise ProgramError(*self.faults)
         return Statement(operation, selector or NOTHING, name, expect, self.act.span, self.places)
@@ -328,86 +324,12 @@ class _Binder:
     def valued(self) -> list[str]:
         return [word for word, option in self.named.items() if option.place == "option"]
 
-    # ---- clauses and the whole
-
-    def clauses(self) -> dict[str, Clause]:
-        found: dict[str, Clause] = {}
-        for clause in self.act.clauses:
-            if clause.keyword in found:
-                self.faults.append(
-                    Diagnostic("S007", f"`{clause.keyword}` is said twice", clause.span, "join selectors with `+`")
-                )
-            found.setdefault(clause.keyword, clause)
-        return found
-
-    def selector(self, clauses: Mapping[str, Clause]) -> Selector | None:
-        whole = self.leading or self.selected()
-        if "on" in clauses and whole is None and self.operation.selecting:
-            self.faults.append(
-                Diagnostic(
-                    "S018",
-                    f"{self.act.verb.text} does not act `on` a place",
-                    clauses["on"].span,
-                    f"expected {self.selecting()}",
-                    f"write `{self.operation.selecting[0]} {short(clauses['on'].value.span.text)}`",
-                )
-            )
-        if "on" in clauses:
-            if whole is not None:
-                span = clauses["on"].span
-                self.faults.append(Diagnostic("S007", "what it acts on is said twice", span, "remove one of them"))
-            whole = self.resolved(clauses["on"])
-        whole = whole or self.operation.default_selector
-        if whole is None and self.operation.acts_on and "on" not in clauses and not self.faults:
-            self.faults.append(
-                Diagnostic(
-                    "S018",
-                    f"{self.act.verb.text} is not told what to act on",
-                    self.act.span,
-                    f"expected {self.selecting()} and a selector",
-                    "for example "
-                    + (
-                        ", ".join(f"`{word} ffn`" for word in self.operation.selecting)
-                        or "`on attn.q,v`, `on ffn`, `on all linear`, `on layers 0..3`"
-                    ),
-                )
-            )
-        for keyword, combine in (("in", Intersection), ("except", Difference)):
-            if keyword in clauses:
-                other = self.resolved(clauses[keyword])
-                if whole is not None and other is not None:
-                    whole = combine(whole, other, self.act.span)
-        return whole
+    # ---- the whole
 
     def selected(self) -> Selector | None:
         """What the options say that stand for `on`."""
         said = [self.values[name] for name in self.operation.selecting if name in self.values]
         return union(said, self.act.span) if said else None
-
-    def selecting(self) -> str:
-        return listed([f"`{word}`" for word in self.operation.selecting or ("on",)])
-
-    def resolved(self, clause: Clause) -> Selector | None:
-        try:
-            return resolve(clause.value)
-        except ProgramError as error:
-            self.faults += error.diagnostics
-            return None
-
-    def expect(self, clause: Clause) -> int | None:
-        value: Selection = clause.value
-        if isinstance(value, Word):
-            value = self.context.values.get(value.text, value)
-        try:
-            if isinstance(value, Literal):
-                limits = Limits("`expect`", ("count",), at_least=1)
-                return int(convert(moved(value, clause.value.span), limits, None))
-            raise ProgramError.of(
-                "S012", "`expect` takes a number", clause.value.span, f"expected {wanted(('count',))}"
-            )
-        except ProgramError as error:
-            self.faults += error.diagnostics
-            return None
 
     def missing(self) -> None:
         choice = [option for option in self.options if option.name in self.operation.one_of]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
-from surgery.compiler.record import record_of
 from surgery.errors import GraphError, PlanError, ProgramError
 from surgery.verify.bounds import merge_bound, relative_error
 from tests import zoo
-from tests.reference_decoder import ReferenceDecoder, Shape, reference_decoder
+from tests.operations.cut import TOKENS, decoder, generates_alike, largest, loaded_again, run, shapes, texts
+from tests.reference_decoder import Shape
 
-TOKENS = zoo.tokens(61, 2, 6)
 CALIBRATION = [list(range(3, 14)), list(range(20, 29)), [5, 9, 5, 9, 40]]
 
 
 @pytest.fixture
 def calibration(tmp_path: Path) -> Path:
-    path = tmp_path / "calibration.jsonl"
-    path.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in CALIBRATION))
-    return path
-
-
-def decoder(program: str = "", shape: Shape | None = None, seed: int = 0) -> ReferenceDecoder:
-    model = reference_decoder(shape, seed)
-    return surgery.apply(surgery.parse(program), model, example_inputs=(TOKENS,)) if program else model
-
-
-@torch.no_grad()
-def run(model: nn.Module) -> Tensor:
-    found: Tensor = model(TOKENS)
-    return found
-
-
-def largest(scores: Tensor, count: int) -> list[int]:
-    """The indices of so many of the largest, in order; of equal ones the last."""
-    numbers = scores.tolist()
-    order = sorted(range(len(numbers)), key=lambda index: (numbers[index], index))
-    return sorted(order[len(numbers) - count :])
+    return texts(CALIBRATION, tmp_path)
 
 
 def neuron_scores(ffn: Any) -> Tensor:
@@ -56,24 +34,6 @@ def neuron_scores(ffn: Any) -> Tensor:
     for way in filter(None, (ffn.up, ffn.gate)):
         score = score + way.weight.abs().sum(1) + (0 if way.bias is None else way.bias.abs())
     return score
-
-
-shapes = st.builds(
-    lambda heads, groups, each, **said: Shape(
-        width=heads * groups * each, heads=heads * groups, key_value_heads=groups, **said
-    ),
-    heads=st.integers(2, 3),
-    groups=st.integers(1, 3),
-    each=st.sampled_from((2, 4)),
-    layers=st.just(2),
-    ffn=st.integers(15, 40),
-    positions=st.sampled_from(("rotary", "learned")),
-    attention=st.sampled_from(("causal", "masked", "hand")),
-    gated=st.booleans(),
-    fused=st.booleans(),
-    bias=st.booleans(),
-    tied=st.booleans(),
-)
 
 
 @pytest.mark.slow
@@ -166,21 +126,12 @@ def test_transformers_models_equal_the_masked_ones(family: str, program: str, sa
     assert relative_error(*exact) <= 1e-10
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in whole.parameters())
     if family != "bert":
-        asked = {"max_new_tokens": 4, "do_sample": False}
-        cached = small.generate(**fed, use_cache=True, **asked)
-        assert torch.equal(cached, small.generate(**fed, use_cache=False, **asked))
-        assert torch.equal(cached, whole.generate(**fed, use_cache=True, **asked))
+        generates_alike(small, whole, fed)
     report = surgery.verify(small)
     assert report
     assert "shrunk_equals_masked" in report.promises()
     assert not report.of("shrunk_equals_masked")[0].skipped
-    surgery.save(small, tmp_path / "out")
-    assert torch.equal(zoo.logits(surgery.load(tmp_path / "out"), fed), found)
-    assert record_of(small).shape == ("config" if said else "replay")
-    if said:
-        loaded, told = type(small).from_pretrained(tmp_path / "out", output_loading_info=True)
-        assert not told["missing_keys"] | told["unexpected_keys"] | told["mismatched_keys"]
-        assert torch.equal(zoo.logits(loaded.eval(), fed), found)
+    assert (loaded_again(small, fed, tmp_path / "out") is not None) == said
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def generates_alike(small: Any, whole: Any, fed: zoo.Inputs) -> None:
 
 
 def loaded_again(small: Any, fed: zoo.Inputs, place: Path) -> Any | None:
-    """Saved, loaded with the same bits, and what transformers alone makes of it; None where the record says it cannot."""
+    """Saved, loaded with the same bits; and by transformers alone, None where the record says that it cannot."""
     found = zoo.logits(small, fed)
     surgery.save(small, place)
     assert torch.equal(zoo.logits(surgery.load(place), fed), found)

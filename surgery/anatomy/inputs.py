@@ -21,7 +21,7 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError.of(
             "S200",
-            f"not a model: {type(model).__name__}",
+            f"not a model: {f'the class {model.__name__}' if isinstance(model, type) else type(model).__name__}",
             help="a model is a torch.nn.Module; a path is read by from_pretrained, or by the command line",
         )
 

@@ -69,8 +69,8 @@ def targets(node: fx.Node) -> list[fx.Node]:
         return []
     written = []
     for place, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write and place < len(node.args):
-            held = node.args[place]
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            held = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
             if isinstance(held, fx.Node):
                 written.append(held)
     return written

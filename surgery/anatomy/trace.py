@@ -12,6 +12,7 @@ import io
 import logging
 import operator
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,9 +23,10 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.anatomy.failure import failure
-from surgery.anatomy.mutation import dependencies
+from surgery.anatomy.mutation import dependencies, written
 from surgery.anatomy.shadow import Shadow, shadow
 
+EXPORTING = threading.RLock()  # what is silenced is the process's
 CALL = re.compile(r"@\d+")
 HIDDEN = torch.tensor(-1e30, dtype=torch.float64)
 
@@ -35,7 +37,7 @@ class Trace:
 
     weights: placeholder node -> name of the parameter or buffer in the shadow (one name of several where tied).
     given: placeholder node -> the example tensor it stands for.
-    buffers: placeholder node -> a buffer of the model that has values: a triangle, positions.
+    buffers: placeholder node -> a buffer of the model that has values and keeps them: a triangle, positions.
     reads, readers: what each node depends on and what depends on it, writes into memory included.
     writes: (node, operand) -> what wrote into the operand's memory before the node reads it.
     """
@@ -103,6 +105,7 @@ def attempt(model: nn.Module, double: Shadow, arguments: tuple[Any, ...], keywor
                 given[placeholders[spec.arg.name]] = numbers(value)
     users = set(signature.user_outputs)
     weights = {placeholders[name]: target for name, target in named.items() if name in placeholders}
+    changing = written(list(program.graph.nodes))
     real = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if not buffer.is_meta}
     last = next(node for node in program.graph.nodes if node.op == "output")
     outputs = [node for node in last.all_input_nodes if node.name in users]
@@ -115,7 +118,7 @@ def attempt(model: nn.Module, double: Shadow, arguments: tuple[Any, ...], keywor
         outputs=outputs,
         root=program.graph_module,
         buffers={
-            **{node: real[name] for node, name in weights.items() if name in real},
+            **{node: real[name] for node, name in weights.items() if name in real and node not in changing},
             **{node: HIDDEN for node in placeholders.values() if hides(node)},
         },
     )
@@ -164,12 +167,22 @@ def numbers(value: torch.Tensor) -> torch.Tensor:
 def hides(node: fx.Node) -> bool:
     """Whether a node is a number that the code made, to stand where a mask says no; on meta it has no value."""
     aten: Any = torch.ops.aten
-    if not node.name.startswith("c_") or "lifted_tensor" not in node.name or node.meta["val"].dim() != 0:
+    if not node.name.startswith("c_") or "lifted_tensor" not in node.name:
         return False
+    value = node.meta["val"]
     while [user.target for user in node.users] == [aten.detach_.default]:
         node = next(iter(node.users))
     masks = (aten.where.self, aten.masked_fill.Tensor)
-    return bool(node.users) and all(user.target in masks and user.args[2] is node for user in node.users)
+    fills = [user for user in node.users if user.target in masks and user.args[2] is node]
+    number = value.dim() == 0 and value.is_floating_point()
+    return number and 0 < len(fills) == len(node.users) and all(map(weighed, fills))
+
+
+def weighed(scores: fx.Node, steps: int = 3) -> bool:
+    """Whether a softmax reads these scores, or what is made of them in a few steps."""
+    if steps == 0:
+        return False
+    return any("softmax" in str(user.target) or weighed(user, steps - 1) for user in scores.users)
 
 
 def owner(node: fx.Node) -> str:
@@ -190,7 +203,7 @@ def quiet() -> Iterator[None]:
     names = ("torch.export", "torch._export", "torch._subclasses.fake_tensor", "torch.fx", "transformers")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+    with EXPORTING, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             for logger in loggers:

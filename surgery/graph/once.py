@@ -1,8 +1,9 @@
 """What every layer computes alike from shared parameters, computed once in a forward pass of the model.
 
-Autograd then runs back through it once, too. A value lives from the first layer that asks to the end of the pass, so
-it is never part of two passes; where autograd keeps a layer's tensors in its own way (gradient checkpoints, offloading)
-or a compiler traces, and outside a pass of the model, each layer computes it for itself.
+Autograd then runs back through it once, too: gradients are taken of the pass as a whole, not layer by layer. A value
+lives from the first layer that asks to the end of the pass, so it is never part of two passes. Where autograd keeps a
+layer's tensors in its own way (gradient checkpoints, offloading) or a compiler traces, and outside a pass of the model,
+each layer computes it for itself.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ def tanh_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or _kept_elsewhere():
         return torch.tanh(F.linear(x, weight, bias))
     held = getattr(_HELD, "values", {}).get(id(x), {})
-    now = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(x.device.type))
+    kind = x.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    versions = tuple(0 if each.is_inference() else each._version for each in (x, weight, bias))
+    now = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast, versions)
     if now not in held:
         held[now] = torch.tanh(F.linear(x, weight, bias))
     return held[now]  # type: ignore[no-any-return]
@@ -53,7 +57,7 @@ class Opens:
 
 
 class Closes(Opens):
-    """Its forward hook: the pass ends, however it does."""
+    """Its forward hook: the pass ends, by an exception too; one that was interrupted ends when the next one begins."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
         if not torch.compiler.is_compiling():

@@ -51,6 +51,7 @@ class Rounding:
         )
 
 
+@torch.no_grad()
 def measured(exact: Tensor, rounded: Tensor, base: Tensor) -> Rounding:
     """Of one block; exact and base are wide, and exact is overwritten."""
     wide = rounded.to(exact.dtype)
@@ -58,7 +59,7 @@ def measured(exact: Tensor, rounded: Tensor, base: Tensor) -> Rounding:
     error = float(torch.linalg.vector_norm(room))
     effect = exact.sub_(base)
     changed, moved = int(effect.count_nonzero()), torch.sub(wide, base, out=room)
-    # Counting what is not zero is faster than comparing; few bases stay as they are in part.
+    # A difference is zero where two numbers are equal, and counting is faster than comparing.
     left = changed - int((moved if changed == effect.numel() else moved[effect != 0]).count_nonzero())
     return Rounding(changed, left, float(torch.linalg.vector_norm(effect)), error)
 

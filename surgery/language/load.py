@@ -36,7 +36,7 @@ def parse(
     directory: where its relative paths start. Raises ProgramError with every fault of the text and of what it includes.
     """
     if not isinstance(text, str):
-        raise ProgramError.of("S100", f"not a program: {type(text).__name__}", help="a program is a text")
+        raise ProgramError.of("S100", f"not a program: {type(text).__name__}", help="what is parsed is a text")
     source = Source(name, text)
     collector = _Collector()
     collector.text(source, directory, ())

@@ -82,7 +82,7 @@ class Adapter(Operation):
         default=1.0,
         at_least=-1e6,
         at_most=1e6,
-        choices={"learned": payload(Number, default=1.0)},
+        choices={"learned": payload(Number, default=1.0, at_least=-1e6, at_most=1e6)},
     )
     dropout: Share = option("share of the bottleneck dropped in training", default=0.0, below=1)
     norm: Flag = flag("normalise what the adapter reads, with a layer norm of its own")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.utils import logging as theirs
 
 from surgery.anatomy.study import study
 from surgery.checkpoint import huggingface, models
+from surgery.checkpoint.weightless import weightless
 from surgery.errors import CheckpointError
 from tests import zoo
 
@@ -168,6 +170,18 @@ def test_functions_without_weights_where_they_can(file: Path) -> None:
     """On the meta device; a function that reads its own weights is called as it is."""
     assert models.load_meta(f"{file}:build").model.weight.is_meta  # type: ignore[union-attr]
     assert not models.load_meta(f"{file}:needs_data").model.weight.is_meta  # type: ignore[union-attr]
+
+
+def test_other_threads_make_models_with_weights() -> None:
+    made: list[torch.nn.Module] = []
+    with weightless():
+        thread = threading.Thread(target=lambda: made.append(torch.nn.Linear(3, 4)))
+        thread.start()
+        thread.join()
+        mine = torch.nn.Linear(3, 4)
+    assert mine.weight.is_meta
+    assert not made[0].weight.is_meta  # type: ignore[union-attr]
+    assert not torch.nn.Linear(3, 4).weight.is_meta
 
 
 @pytest.mark.parametrize(("function", "name"), [("hides", "decoder"), ("shows", "encoder")])

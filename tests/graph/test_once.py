@@ -129,6 +129,27 @@ def test_a_pass_that_fails_ends(counted: Counted) -> None:
     loss(model).backward()
 
 
+def test_an_interrupted_pass_leaves_nothing_that_is_used() -> None:
+    """Torch runs no hooks after Ctrl-C: what is left is of parameters as they were, and the next pass begins anew."""
+    model = transformed()
+    last = next(module for name, module in model.named_modules() if name.endswith("layers.2"))
+
+    def stop(module: nn.Module, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = last.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        loss(model)
+    handle.remove()
+    with torch.no_grad():
+        for tensor in surgery.parameters(model).values():
+            tensor.add_(0.1)
+    alone = apart(model)
+    assert torch.equal(loss(model), loss(alone))
+    loss(model).backward()
+    assert not once._HELD.values
+
+
 def test_threads_do_not_meet(counted: Counted) -> None:
     """Each with a graph of its own, which the other's backward pass does not free."""
     model = transformed()

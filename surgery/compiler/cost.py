@@ -181,14 +181,16 @@ def _visit(drafts: Any, steps: Sequence[Step], visits: list[tuple[int, Part]]) -
 
 def _reason(drafts: Drafts, steps: Sequence[Step], visits: list[tuple[int, Part]]) -> list[tuple[int, str]]:
     """Why a module with a forward of its own cannot take what is attached to it, where the plan says that it merges."""
-    index, part = visits[-1]
-    facts = getattr(drafts.site(steps[index], part).draft, "facts", None)
-    if facts is None or facts.plain or "merges" not in steps[index].operation.promises():
+    merging = [(index, part) for index, part in visits if "merges" in steps[index].operation.promises()]
+    if not merging:
+        return []
+    facts = getattr(drafts.site(steps[visits[-1][0]], visits[-1][1]).draft, "facts", None)
+    if facts is None or facts.plain:
         return []
     try:
-        affine(drafts.model.get_submodule(part.path), facts)
+        affine(drafts.model.get_submodule(visits[-1][1].path), facts)
     except NotAffine as reason:
-        return [(index, f"`{steps[index].statement}` cannot merge at {part.path}: {reason}")]
+        return [(i, f"`{steps[i].statement}` cannot merge at {part.path}: {reason}") for i, part in merging]
     return []
 
 

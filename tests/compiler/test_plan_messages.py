@@ -117,6 +117,16 @@ def test_what_stays_in_a_merge_is_not_said_to_fold() -> None:
     assert all("mlp.gate" in name for name in left)
 
 
+def test_every_statement_that_stays_is_told() -> None:
+    model = zoo.tiny("mixtral")
+    plan = surgery.plan(surgery.parse("lora rank 2 on router as one\nlora rank 3 on router as two"), model)
+    told = [line for line in plan.warnings if "cannot merge" in line]
+    assert [line.partition("` ")[0] for line in told] == [
+        "`lora rank 2 on router as one",
+        "`lora rank 3 on router as two",
+    ]
+
+
 def test_a_place_that_is_the_model_has_a_name() -> None:
     """Promise: where the model itself is the place, the plan says so and not nothing."""
     model = zoo.specimen("nano").model

@@ -45,15 +45,17 @@ def _kept_elsewhere() -> bool:
 
 
 class Opens:
-    """A forward pre-hook of the module that holds all layers: a pass begins."""
+    """A forward pre-hook of the module that holds all layers: a pass begins.
 
-    def __init__(self, shared: tuple[Tensor, ...]) -> None:
-        self.shared = shared
+    holder, name: a layer's rewritten place, and what it calls the shared parameter: loading puts others in their place.
+    """
+
+    def __init__(self, holder: nn.Module, name: str) -> None:
+        self.holder, self.name = holder, name
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
-            values = _HELD.__dict__.setdefault("values", {})
-            values.update({id(tensor): {} for tensor in self.shared})
+            _HELD.__dict__.setdefault("values", {})[id(self.holder.get_parameter(self.name))] = {}
 
 
 class Closes(Opens):
@@ -61,27 +63,27 @@ class Closes(Opens):
 
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
         if not torch.compiler.is_compiling():
-            for tensor in self.shared:
-                getattr(_HELD, "values", {}).pop(id(tensor), None)
+            _HELD.__dict__.setdefault("values", {}).clear()
 
 
 def install(model: nn.Module) -> None:
     """Let a pass begin and end at the innermost module above all layers that share. Repeat it after every change."""
     drop(model, lambda hook: isinstance(hook, Opens))
-    sharing: dict[int, tuple[Tensor, list[str]]] = {}
+    sharing: dict[int, list[tuple[str, Rewritten, str]]] = {}
     for path, module in model.named_modules():
-        for tensor in _asked(module):
-            sharing.setdefault(id(tensor), (tensor, []))[1].append(path)
-    for tensor, paths in sharing.values():
-        if len(paths) > 1:
-            above = model.get_submodule(callable_at(model, common(paths)))
-            above.register_forward_pre_hook(Opens((tensor,)))
-            above.register_forward_hook(Closes((tensor,)), always_call=True)
+        for name in _asked(module):
+            sharing.setdefault(id(module.get_parameter(name)), []).append((path, module, name))
+    for places in sharing.values():
+        if len(places) > 1:
+            above = model.get_submodule(callable_at(model, common(path for path, *_ in places)))
+            _, holder, name = places[0]
+            above.register_forward_pre_hook(Opens(holder, name))
+            above.register_forward_hook(Closes(holder, name), always_call=True)
 
 
-def _asked(module: nn.Module) -> Iterator[Tensor]:
+def _asked(module: nn.Module) -> Iterator[str]:
     """The parameters that a module computes a shared value from."""
     if isinstance(module, Rewritten):
         for node in module.full.nodes:
             if node.target is tanh_linear:
-                yield module.get_parameter(str(node.all_input_nodes[0].target))
+                yield str(node.all_input_nodes[0].target)

@@ -16,7 +16,10 @@ from surgery.graph.insertion import Insertion, Reader
 from surgery.graph.insertion_entrance import Entrance
 from surgery.graph.insertion_layout import Layout
 from tests import zoo
-from tests.graph import test_insertion as tests
+from tests.graph import test_insertion as inputs
+from tests.graph import test_insertion_outputs as outputs
+from tests.graph import test_insertion_plain as plain
+from tests.graph import test_insertion_training as training
 
 Patch = pytest.MonkeyPatch
 
@@ -114,18 +117,18 @@ def test_soft_is_hard() -> None:
 
 
 def same(name: str, padding: str = "left") -> Callable[[], None]:
-    return lambda: tests.test_rows_are_what_words_are(name, padding)
+    return lambda: inputs.test_rows_are_what_words_are(name, padding)
 
 
 BUGS: dict[str, tuple[Callable[[Patch], None], Callable[[], None]]] = {
     "rows in front of the padding": (_in_front_of_the_padding, same("bert")),
     "rows that no token attends to": (_unseen, same("t5")),
-    "rows that attend to padding": (_rows_see_padding, tests.test_masks_of_every_form),
+    "rows that attend to padding": (_rows_see_padding, inputs.test_masks_of_every_form),
     "positions not shifted": (
         _positions_not_shifted,
-        lambda: tests.test_positions_and_token_types_of_the_caller("left"),
+        lambda: inputs.test_positions_and_token_types_of_the_caller("left"),
     ),
-    "a token type of their own": (_type_one, lambda: tests.test_positions_and_token_types_of_the_caller("none")),
+    "a token type of their own": (_type_one, lambda: inputs.test_positions_and_token_types_of_the_caller("none")),
     "the last places cut": (_cut_at_the_end, same("distilbert", "none")),
     "rows backwards": (_backwards, test_soft_is_hard),
     "padding as placeholder": (_padding_as_placeholder, same("roberta")),
@@ -133,12 +136,12 @@ BUGS: dict[str, tuple[Callable[[Patch], None], Callable[[], None]]] = {
     "rows cut before a decoder attends": (_left_in_the_encoder, same("t5")),
     "layers that run again uncut": (
         _forgotten_by_checkpoints,
-        lambda: tests.test_a_checkpoint_around_the_last_layer(False),
+        lambda: plain.test_a_checkpoint_around_the_last_layer(False),
     ),
-    "padding masks taken for others": (_padding_masks_as_others, tests.test_torch_s_own_encoder_and_its_padding_mask),
-    "no gradient": (_detached, lambda: tests.test_gradients_reach_the_rows("albert")),
-    "hidden states longer": (_hidden_states_stay_long, lambda: tests.test_hidden_states_keep_the_length("bert")),
-    "free rows counted as room": (_room_counts_what_is_free, tests.test_no_room_for_positions),
+    "padding masks taken for others": (_padding_masks_as_others, plain.test_torch_s_own_encoder_and_its_padding_mask),
+    "no gradient": (_detached, lambda: training.test_gradients_reach_the_rows("albert")),
+    "hidden states longer": (_hidden_states_stay_long, lambda: outputs.test_hidden_states_keep_the_length("bert")),
+    "free rows counted as room": (_room_counts_what_is_free, inputs.test_no_room_for_positions),
 }
 
 

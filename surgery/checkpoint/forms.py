@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-FORMS = ("peft", "huggingface", "mixtral", "pt2")
+FORMS = ("peft", "huggingface", "mixtral", "pt2", "standalone")

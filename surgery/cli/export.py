@@ -1,4 +1,4 @@
-"""`surgery export`: a saved result in a form that others load."""
+"""`surgery export`: a saved result in a form that others load, or with its base."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from surgery.cli.sizes import directory_size
 
 @click.command()
 @out_argument
-@click.option("--to", "form", required=True, type=click.Choice(FORMS), help="Who is to load it.")
+@click.option("--to", "form", required=True, type=click.Choice(FORMS), help="Who is to load it, or in what form.")
 @output_option
 @force_option
 @base_option
 def command(out: str, form: str, output: Path, force: bool, base: str | None) -> None:
-    """Write the result in OUT for others: adapters for PEFT, a folded model for transformers, a program for torch."""
+    """Write the result in OUT for others: adapters for PEFT, a folded model for transformers, a program for torch.
+
+    `--to standalone` writes OUT itself with a copy of the base that it refers to, each tensor held to its digest and
+    none loaded: as `surgery apply --standalone` would have, and as it has been trained since. An OUT that has all of
+    its tensors already is copied. Other files in OUT come along, hidden ones aside.
+    """
     from surgery.checkpoint.staging import check_target
 
     check_target(output, force)
@@ -29,6 +34,13 @@ def command(out: str, form: str, output: Path, force: bool, base: str | None) ->
     from surgery.checkpoint.manifest import Manifest
 
     manifest = Manifest.read(Path(out))
+    if form == "standalone":
+        from surgery.checkpoint.standalone import stream_standalone
+
+        with progress(f"writing {output}", lambda: total_bytes(Path(out), base)) as tell:
+            stream_standalone(Path(out), output, force=force, base=base, tell=tell)
+        click.echo(f"Saved in {output} ({directory_size(output)}).")
+        return
     with progress(f"reading {out}", lambda: total_bytes(Path(out), base)) as tell:
         loaded = read(Path(out), base=base, tell=tell)
     with progress(f"writing {output}"):

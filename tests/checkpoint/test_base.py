@@ -191,6 +191,7 @@ def test_a_base_that_has_changed_is_refused_everywhere(base: Path, tmp_path: Pat
     for command in (
         ["verify", "out"], ["merge", "out", "-o", "merged"], ["export", "out", "--to", "peft", "-o", "peft"],
         ["report", "out"], ["diff", "base", "out"], ["apply", "p", "out", "-o", "two"],
+        ["export", "out", "--to", "standalone", "-o", "alone"],
     ):  # fmt: skip
         Path("p").write_text("ia3")
         outcome = run(*command)

@@ -7,7 +7,8 @@ import shutil
 import signal
 import time
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 import surgery
 from surgery.checkpoint import sink as sinks
 from surgery.checkpoint import staging, work
+from surgery.checkpoint.manifest import Manifest
 from surgery.checkpoint.models import load_meta
 from surgery.checkpoint.staging import staged
+from surgery.checkpoint.standalone import Completing
 from surgery.checkpoint.streaming import Applying, stream
 from surgery.errors import CheckpointError
 from tests import zoo
@@ -49,10 +52,18 @@ def run(base: Path, name: str, program: str = PROGRAM, force: bool = False) -> P
     return base.parent / name
 
 
-def killed(base: Path, name: str, at: int, lines: int = 0, force: bool = False, program: str = PROGRAM) -> bool:
+def killed(
+    base: Path,
+    name: str,
+    at: int,
+    lines: int = 0,
+    force: bool = False,
+    program: str = PROGRAM,
+    do: Callable[[], object] | None = None,
+) -> bool:
     """Run in another process that dies at a write, or at a later one, when its journal has so many lines.
 
-    Whether it did, or was done before.
+    Whether it did, or was done before. do: what to run instead.
     """
     child = os.fork()
     if not child:
@@ -70,7 +81,7 @@ def killed(base: Path, name: str, at: int, lines: int = 0, force: bool = False, 
         sinks.write_all = counted
         work.PAUSE = 0
         try:
-            run(base, name, program, force)
+            run(base, name, program, force) if do is None else do()
         finally:
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -102,6 +113,31 @@ def test_a_result_that_refers_to_its_base_is_gone_on_with(base: Path) -> None:
         stream(plan, base, base.parent / "out", origin=str(base), force=False, standalone=True)
     assert files(run(base, "out", program)) == whole
     assert sorted(os.listdir(base.parent)) == ["base", "out", "whole"]
+
+
+@pytest.mark.parametrize(("at", "lines"), [(1, 0), (12, 3)])
+def test_a_base_that_is_copied_later(at: int, lines: int, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed, it leaves no directory; what was copied is not copied again, unless it is another thing by now."""
+    adapter = run(base, "adapter", "lora rank 2 on attn")
+    surgery.export(adapter, base.parent / "whole", to="standalone")
+    export = partial(surgery.export, adapter, base.parent / "out", to="standalone")
+    assert killed(base, "out", at, lines, do=export)
+    assert sorted(os.listdir(base.parent)) == [".out.partial", "adapter", "base", "whole"]
+    path = adapter / "surgery.safetensors"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    os.utime(path, ns=(times[0], times[1] + 1))
+    with pytest.raises(CheckpointError, match="another source"):
+        export()
+    os.utime(path, ns=times)
+    done: list[int] = []
+    do = Completing.do
+    monkeypatch.setattr(Completing, "do", lambda self, unit, sink: done.append(unit) or do(self, unit, sink))
+    export()
+    assert files(base.parent / "out") == files(base.parent / "whole")
+    assert sorted(os.listdir(base.parent)) == ["adapter", "base", "out", "whole"]
+    units = len(Manifest.read(adapter).tensors)
+    assert len(done) == len(set(done)) <= units
+    assert len(done) < units or not lines
 
 
 def test_killed_again_and_again(base: Path) -> None:
@@ -147,8 +183,8 @@ def test_a_run_without_a_journal_does_not_clear_one(base: Path) -> None:
 
 
 def test_two_runs_to_one_place(base: Path) -> None:
-    with staged(base.parent / "out") as partial:
-        (partial / "a").write_text("1")
+    with staged(base.parent / "out") as aside:
+        (aside / "a").write_text("1")
         refused("S435", base)
     assert sorted(os.listdir(base.parent / "out")) == ["a"]
 

@@ -213,6 +213,7 @@ def test_help_names_every_command_and_version(run: Run) -> None:
         ("surgery inspect de", {"demo", "deep/model"}),
         ("surgery diff out d", {"demo", "deep/model"}),
         ("surgery verify out --base de", {"demo", "deep/model"}),
+        ("surgery export out --to st", {"standalone"}),
         ("surgery reference lo", {"lora", "lottery"}),
         ("surgery explain pref", {"prefix"}),
     ],

@@ -37,7 +37,7 @@ from tests.graph.forwards import (
     decoder,
     trained,
 )
-from tests.graph.test_site import holder, rewrite
+from tests.graph.rewriting import holder, rewrite
 
 LOOKALIKES = {
     "plus one": OneMore,

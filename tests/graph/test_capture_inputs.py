@@ -13,7 +13,7 @@ from surgery.operations.base import Operation
 from surgery.operations.lora import Lora
 from surgery.operations.prune import Prune
 from surgery.operations.quantize import Quantize
-from tests.graph.test_site import rewrite
+from tests.graph.rewriting import rewrite
 
 
 @pytest.mark.parametrize("operation", [Lora(rank=2), Quantize(format="nf4"), Prune(score="magnitude", amount=0.5)])

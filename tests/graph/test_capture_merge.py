@@ -27,7 +27,7 @@ from tests.graph.forwards import (
     decoder,
     trained,
 )
-from tests.graph.test_site import holder, rewrite
+from tests.graph.rewriting import holder, rewrite
 
 
 @pytest.mark.parametrize("kind", [Squared, PositivePart, Squashed, Rectified])

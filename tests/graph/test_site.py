@@ -10,16 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery.anatomy.parts import Part
 from surgery.errors import GraphError
 from surgery.graph.capture import capture
-from surgery.graph.draft import Draft
 from surgery.graph.fold import fold
-from surgery.graph.module import Rewritten, added_parameters, switched
-from surgery.graph.site import Site
+from surgery.graph.module import added_parameters, switched
 from surgery.operations.lora import Lora
 from surgery.operations.prune import Prune
 from surgery.operations.quantize import Quantize
+from tests.graph.forwards import InOut
+from tests.graph.rewriting import holder, rewrite
 
 
 class Doubled(nn.Linear):
@@ -34,20 +33,6 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(ids) * 3.0
 
 
-class InOut(nn.Module):
-    """A linear map stored (in, out), with the flattening that GPT-2's has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(6, 9))
-        self.bias = nn.Parameter(torch.randn(9))
-        self.nf = 9
-
-    def forward(self, x: Tensor) -> Tensor:
-        size = x.size()[:-1] + (self.nf,)  # noqa: RUF005 (as transformers writes it; unpacking cannot be traced)
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size)
-
-
 class Deciding(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.sum() > 0 else x[..., :1].expand(*x.shape[:-1], self.out_features)
@@ -56,34 +41,6 @@ class Deciding(nn.Linear):
 class Weightless(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.bias
-
-
-def holder(module: nn.Module) -> nn.Module:
-    return nn.ModuleDict({"map": module})
-
-
-def rewrite(
-    module: nn.Module, *operations: Any, channels: Any = None, shape: tuple[int, int] | None = None
-) -> Rewritten:
-    """The module after some operations on some of its channels, as the compiler does it."""
-    parent = holder(module)
-    draft = Draft(module, "map", slots=[(parent, "map")])
-    weight = module.weight
-    shape = shape or ((weight.shape[1], weight.shape[0]) if draft.transposed else tuple(weight.shape))
-    lookup = isinstance(module, nn.Embedding)
-    part = Part(
-        "attn.q",
-        "lookup" if lookup else "projection",
-        "map",
-        shape=shape,
-        channels=channels,
-        transposed=draft.transposed,
-    )
-    for number, operation in enumerate(operations):
-        site = Site(draft, part, str(operation), f"a{number}" if operation.verb == "lora" else None, operation.verb)
-        operation.rewrite(site)
-        operation.fill([site], None)
-    return draft.install(parent)
 
 
 MODULES = {

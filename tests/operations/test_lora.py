@@ -14,7 +14,7 @@ from surgery.errors import PlanError, SurgeryError
 from surgery.graph.module import Rewritten
 from surgery.operations.lora import Lora
 from tests import zoo
-from tests.graph.test_site import rewrite
+from tests.graph.rewriting import rewrite
 
 FED = (zoo.tokens(51),)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,15 +14,9 @@ import surgery
 from surgery.errors import GraphError, PlanError, SurgeryError
 from surgery.graph.attention_cache import behind_padding, distances
 from tests import others, studied, zoo
+from tests.texts import GENERATIONS, IDS, assert_generates_as_prompted, in_front, padded_rows
 
 BY_TEXT = f'prefix init text "{others.TEXT}"'
-N = len(others.IDS)
-
-
-def prompted(x: torch.Tensor) -> torch.Tensor:
-    return torch.cat((torch.tensor([others.IDS]).expand(len(x), -1), x), 1)
-
-
 OLDER = ("gpt_neox_japanese", "trocr", "rembert", "roformer")
 
 
@@ -33,7 +26,7 @@ def test_text_as_prefix_is_text_as_prompt(name: str) -> None:
     """Promise: soft equals hard, mask, positions and linear biases included, with a cache and without."""
     base, model = others.pair(BY_TEXT, name)
     x = zoo.tokens(60, 2, 7)
-    wanted = base(input_ids=prompted(x)).logits[:, N:]
+    wanted = base(input_ids=in_front(x)).logits[:, IDS.shape[1] :]
     for use_cache in (True, False):
         error = (model(input_ids=x, use_cache=use_cache).logits - wanted).abs().max()
         assert error < 1e-5 * wanted.abs().max()
@@ -46,16 +39,8 @@ def test_eager_where_both_are_there(name: str) -> None:
     """Falcon computes with sdpa or by hand, and hands in its linear bias in two ways."""
     base, model = others.pair(BY_TEXT, name, attn_implementation="eager")
     x = zoo.tokens(60, 2, 7)
-    wanted = base(input_ids=prompted(x)).logits[:, N:]
+    wanted = base(input_ids=in_front(x)).logits[:, IDS.shape[1] :]
     assert (model(input_ids=x).logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
-
-
-GENERATIONS: dict[str, dict[str, Any]] = {
-    "dynamic": {},
-    "none": {"use_cache": False},
-    "static": {"cache_implementation": "static", "disable_compile": True},
-    "beams": {"num_beams": 3},
-}
 
 
 @pytest.mark.parametrize("how", GENERATIONS)
@@ -65,17 +50,7 @@ def test_generate_token_for_token(name: str, how: str) -> None:
     if how == "static" and name in ("falcon-alibi", "gpt_neo"):
         pytest.skip("the model itself cannot: it fails, or sees other keys than without a static cache")
     base, model = others.pair(BY_TEXT, name)
-    x, mask = zoo.tokens(60, 3, 7), torch.ones(3, 7, dtype=torch.long)
-    mask[0, :4] = 0
-    mask[2, :1] = 0
-    x = x * mask
-    length, kind = {"max_new_tokens": 5, "do_sample": False}, GENERATIONS[how]
-    got = model.generate(x, attention_mask=mask, **length, **kind)[:, 7:]
-    beams = {"num_beams": kind.get("num_beams", 1)}
-    for row, seen, tokens in zip(x, mask.bool(), got, strict=True):
-        prompt = prompted(row[seen][None])
-        wanted = base.generate(prompt, attention_mask=torch.ones_like(prompt), **length, **beams)[0, prompt.shape[1] :]
-        assert tokens.tolist() == wanted.tolist()
+    assert_generates_as_prompted(model, base, *padded_rows(60), how, 5)
 
 
 @torch.no_grad()
@@ -143,7 +118,7 @@ def test_every_dtype(name: str, dtype: torch.dtype) -> None:
     """The prefix is kept in float32 over a 16-bit base; the outputs keep the base's dtype, and its sharpness."""
     base, model = others.pair(BY_TEXT, name, dtype=dtype)
     x = zoo.tokens(60, 2, 7)
-    wanted, got = base(input_ids=prompted(x)).logits[:, N:], model(input_ids=x).logits
+    wanted, got = base(input_ids=in_front(x)).logits[:, IDS.shape[1] :], model(input_ids=x).logits
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert {parameter.dtype for parameter in surgery.parameters(model).values()} == {wide}
     assert got.dtype == dtype

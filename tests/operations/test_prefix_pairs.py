@@ -12,6 +12,7 @@ from torch import Tensor
 
 import surgery
 from tests import others, zoo
+from tests.texts import GENERATIONS, IDS, in_front
 
 PROGRAMS = {
     "cross": "prefix 4 on cross",
@@ -67,14 +68,6 @@ def test_prefix_on_cross_is_more_encoder_states(name: str, padding: str) -> None
         got = model(**fed, use_cache=use_cache).logits
         assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert (base(**fed).logits - wanted).abs().max() > 1e-3 * wanted.abs().max()
-
-
-GENERATIONS: dict[str, dict[str, Any]] = {
-    "dynamic": {},
-    "none": {"use_cache": False},
-    "static": {"cache_implementation": "static", "disable_compile": True},
-    "beams": {"num_beams": 3},
-}
 
 
 @torch.no_grad()
@@ -149,8 +142,8 @@ def test_text_stands_in_front_of_the_encoders_tokens(name: str, padding: str) ->
     mask[0, seen] = 1
     got = model.get_encoder()(input_ids=x, attention_mask=mask).last_hidden_state
     for row, kept in enumerate((seen, slice(0, 9))):
-        text = torch.cat((torch.tensor([others.IDS]), x[row : row + 1, kept]), 1)
-        wanted = base.get_encoder()(input_ids=text).last_hidden_state[0, len(others.IDS) :]
+        text = in_front(x[row : row + 1, kept])
+        wanted = base.get_encoder()(input_ids=text).last_hidden_state[0, IDS.shape[1] :]
         if name == "bart" and padding == "left":
             continue  # BART's encoder counts positions from the first place, padding or not
         assert (got[row, kept] - wanted).abs().max() < 1e-5 * wanted.abs().max()
@@ -171,7 +164,7 @@ def test_text_stands_in_front_of_the_decoders_tokens(name: str, how: str) -> Non
     x = zoo.tokens(60, 2, 6)
     start = zoo.tokens(60, 2, 3, seed=4)
     start[:, 0] = 0
-    prompt = torch.cat((torch.tensor([text]).expand(2, -1), start), 1)
+    prompt = in_front(start, torch.tensor([text]))
     wanted = base(input_ids=x, decoder_input_ids=prompt).logits[:, len(text) :]
     got = model(input_ids=x, decoder_input_ids=start).logits
     assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()

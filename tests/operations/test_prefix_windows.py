@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 import surgery
 from tests import others, zoo
+from tests.texts import GENERATIONS, IDS, assert_generates_as_prompted, in_front, padded_rows
 
 BY_TEXT = f'prefix init text "{others.TEXT}"'
-N = len(others.IDS)
-
-
-def prompted(x: torch.Tensor) -> torch.Tensor:
-    return torch.cat((torch.tensor([others.IDS]).expand(len(x), -1), x), 1)
 
 
 @torch.no_grad()
@@ -29,17 +23,9 @@ def test_text_as_prefix_leaves_the_window_as_a_prompt_does(name: str, length: in
         length += 1
     base, model = others.pair(BY_TEXT, name, attn_implementation=implementation)
     x = zoo.tokens(60, 2, length)
-    wanted = base(input_ids=prompted(x)).logits[:, N:]
+    wanted = base(input_ids=in_front(x)).logits[:, IDS.shape[1] :]
     assert (model(input_ids=x).logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert (base(input_ids=x).logits - wanted).abs().max() > 1e-2 * wanted.abs().max()
-
-
-GENERATIONS: dict[str, dict[str, Any]] = {
-    "dynamic": {},
-    "none": {"use_cache": False},
-    "static": {"cache_implementation": "static", "disable_compile": True},
-    "beams": {"num_beams": 3},
-}
 
 
 @pytest.mark.parametrize("how", GENERATIONS)
@@ -47,17 +33,7 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 def test_generate_token_for_token(name: str, how: str) -> None:
     """Promise: the same tokens whatever the padding and the cache, whose window has moved on."""
     base, model = others.pair(BY_TEXT, name)
-    x, mask = zoo.tokens(60, 3, 7), torch.ones(3, 7, dtype=torch.long)
-    mask[0, :5] = 0
-    mask[2, :1] = 0
-    x = x * mask
-    length, kind = {"max_new_tokens": 8, "do_sample": False}, GENERATIONS[how]
-    got = model.generate(x, attention_mask=mask, **length, **kind)[:, 7:]
-    beams = {"num_beams": kind.get("num_beams", 1)}
-    for row, seen, tokens in zip(x, mask.bool(), got, strict=True):
-        prompt = prompted(row[seen][None])
-        wanted = base.generate(prompt, attention_mask=torch.ones_like(prompt), **length, **beams)[0, prompt.shape[1] :]
-        assert tokens.tolist() == wanted.tolist()
+    assert_generates_as_prompted(model, base, *padded_rows(60, padding=5), how, 8)
 
 
 @pytest.mark.parametrize(("program", "everywhere"), [("prefix 5", True), (BY_TEXT, False)])

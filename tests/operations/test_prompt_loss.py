@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import surgery
 from tests import studied, zoo
-from tests.operations.test_prompt import IDS, WAYS, ids_of, in_front, transformed
 from tests.reference_decoder import ReferenceDecoder, Shape, reference_decoder
+from tests.texts import IDS, WAYS, ids_of, in_front, transformed
 
 N = IDS.shape[1]
 CAUSAL = ["llama", "gpt2", "gpt_neox", "gemma", "opt"]

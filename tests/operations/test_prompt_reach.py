@@ -10,13 +10,7 @@ import torch
 import surgery
 from surgery.errors import SurgeryError
 from tests import others, studied, zoo
-
-IDS = torch.tensor([[5, 9, 33, 12, 17]])
-TEXT = "w5 w9 w33 w12 w17"
-
-
-def ids_of(text: str) -> list[int]:
-    return [int(word[1:]) for word in text.split()]
+from tests.texts import IDS, TEXT, ids_of, in_front
 
 
 @torch.no_grad()
@@ -25,7 +19,7 @@ def ids_of(text: str) -> list[int]:
 def test_the_text_by_hand(family: str, program: str) -> None:
     """Promise: soft equals hard, to 1e-5 of the largest logit in float32, however the model computes its attention."""
     model, x = others.tiny(family), zoo.tokens(50, 2, 7)
-    prompted = model(input_ids=torch.cat((IDS.expand(2, -1), x), 1)).logits[:, 5:]
+    prompted = model(input_ids=in_front(x)).logits[:, IDS.shape[1] :]
     model = surgery.apply(surgery.parse(program), model, tokenizer=ids_of)
     assert (model(input_ids=x).logits - prompted).abs().max() < 1e-5 * prompted.abs().max()
 

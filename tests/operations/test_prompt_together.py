@@ -12,13 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from surgery.graph.soft import Front
 from tests import studied, zoo
+from tests.texts import ids_of
 
 PROGRAM = "prompt 5 init normal"
 WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
-
-
-def ids_of(text: str) -> list[int]:
-    return [int(word[1:]) for word in text.split()]
 
 
 def trained(program: str, family: str, **changes: Any) -> Any:

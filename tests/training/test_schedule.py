@@ -1,9 +1,8 @@
-"""Masks that move: exact counts, zeros that no optimizer moves, gradients only where they belong, bad input refused."""
+"""Masks that move: budgets and swaps, exact counts, gradients only where they belong, the same masks again."""
 
 from __future__ import annotations
 
 import copy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,74 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 import surgery
-from surgery.anatomy.parts import Anatomy
-from surgery.errors import GraphError, PlanError, SurgeryError
 from surgery.operations.sparse import swapped
 from surgery.operations.sparse_budget import erdos_renyi
-from surgery.training.masks import MaskedWeight, weights_of
-from tests import studied, zoo
-from tests.reference_decoder import ReferenceDecoder, Shape, reference_decoder
-
-WIDE = Shape(vocabulary=41, width=64, layers=1, heads=4, key_value_heads=2, ffn=80)  # 4,096 and more: 8-bit state
-FED = (zoo.tokens(41),)
-RIGL = "sparse rigl 80% swap 30% every 2 steps until 9 steps on ffn"
-GRADUAL = "prune magnitude 10% to 80% over 8 steps every 2 steps on ffn"
-OPTIMIZERS: dict[str, Any] = {
-    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
-    "adam": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1, amsgrad=True),
-    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, foreach=False),
-    "nadam": lambda p: torch.optim.NAdam(p, 0.01, weight_decay=0.1),
-    "radam": lambda p: torch.optim.RAdam(p, 0.01, weight_decay=0.1),
-    "adamax": lambda p: torch.optim.Adamax(p, 0.01, weight_decay=0.1),
-    "adagrad": lambda p: torch.optim.Adagrad(p, 0.01, weight_decay=0.1),
-    "adadelta": lambda p: torch.optim.Adadelta(p, 1.0, weight_decay=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True),
-    "rprop": lambda p: torch.optim.Rprop(p, 0.01),
-    "asgd": lambda p: torch.optim.ASGD(p, 0.01, weight_decay=0.1),
-}
-NAMED = ("adamw", "adamw8bit", "adam8bit", "lion", "lion8bit", "sgd8bit", "adamw8bit paged", "adamw paged")
-
-
-def applied(text: str, shape: Shape = WIDE, dtype: torch.dtype = torch.float32) -> ReferenceDecoder:
-    model = reference_decoder(shape, dtype=dtype)
-    return surgery.apply(surgery.plan(surgery.parse(text), model, anatomy=anatomy(shape)), model)
-
-
-@cache
-def anatomy(shape: Shape) -> Anatomy:
-    return surgery.study(reference_decoder(shape), FED)
-
-
-def places(model: nn.Module) -> list[MaskedWeight]:
-    record: Any = model.__dict__["_surgery"]
-    return [
-        each
-        for step in record.plan.steps
-        if "mask" in step.operation.claims(None)
-        for each in weights_of(step, model, 0)
-    ]
-
-
-def loss(model: nn.Module) -> Tensor:
-    return model(*FED).square().mean()  # type: ignore[no-any-return]
-
-
-def train(model: nn.Module, optimizer: Any, steps: int, late: bool = False, **known: Any) -> list[bool]:
-    """Whether masks moved at each step. late: the schedule's step comes after the optimizer's."""
-    schedule = surgery.schedule(model, optimizer, **known)
-    moved = []
-    for _ in range(steps):
-        loss(model).backward()
-        for each in (schedule, optimizer) if not late else (optimizer, schedule):
-            told = each.step()
-            moved += [told] if each is schedule else []
-        for each in places(model):
-            assert bool((each.lie(each.weight.detach())[~each.mask()] == 0).all()), "a zero has moved"
-        optimizer.zero_grad()
-    return moved
+from tests import zoo
+from tests.reference_decoder import reference_decoder
+from tests.training.wide import FED, RIGL, WIDE, applied, loss, places, train
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6), st.floats(0, 1))
@@ -109,36 +47,6 @@ def test_swaps(rows: int, columns: int, kept: float, share: float, seed: int) ->
     if gone.any():
         assert size[gone].max() <= size[mask & after].min() if (mask & after).any() else True
         assert growth[come].min() >= growth[~mask & ~come].max() if (~mask & ~come).any() else True
-
-
-@pytest.mark.parametrize("text", [RIGL, RIGL.replace("rigl", "set"), GRADUAL], ids=lambda text: text.split()[1])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_no_optimizer_of_torch_moves_a_zero(name: str, text: str) -> None:
-    for late in (False, True):
-        model = applied(text)
-        before = [each.weight.detach().clone() for each in places(model)]
-        assert any(train(model, OPTIMIZERS[name](surgery.parameters(model).values()), 10, late))
-        assert not any(torch.equal(each.weight, was) for each, was in zip(places(model), before, strict=True))
-        report = surgery.verify(model, example_inputs=FED)
-        assert report, str(report)
-
-
-@pytest.mark.parametrize("text", [RIGL, RIGL.replace("rigl", "set"), GRADUAL], ids=lambda text: text.split()[1])
-@pytest.mark.parametrize("name", NAMED)
-def test_no_named_optimizer_moves_a_zero(name: str, text: str) -> None:
-    """bitsandbytes' 8-bit states too, in memory and paged: a zero there is a code."""
-    for late in (False, True):
-        model = applied(f"{text}\noptimize {name} lr 0.01 decay 0.1")
-        optimizer: Any = surgery.optimizer(model)
-        assert any(train(model, optimizer, 10, late))
-        if "8bit" in name:
-            assert any(
-                each.dtype == torch.uint8
-                for state in optimizer.state.values()
-                for each in state.values()
-                if isinstance(each, Tensor)
-            )
-        assert surgery.verify(model, example_inputs=FED)
 
 
 @pytest.mark.parametrize(
@@ -207,13 +115,6 @@ def test_masked_weights_get_no_gradient_but_where_it_is_asked_for() -> None:
         assert all((tensor.grad is None) == swap for tensor in surgery.parameters(model).values())
         optimizer.step()
         optimizer.zero_grad()
-
-
-def test_static_masks_are_left_alone() -> None:
-    model = applied("sparse static 80% on ffn")
-    masks = [each.mask() for each in places(model)]
-    assert not any(train(model, OPTIMIZERS["adamw"](surgery.parameters(model).values()), 4))
-    assert all(torch.equal(each.mask(), mask) for each, mask in zip(places(model), masks, strict=True))
 
 
 def test_accumulated_and_compiled_gradients_choose_the_same_masks() -> None:
@@ -307,62 +208,6 @@ def test_disabled_and_a_second_program() -> None:
     assert torch.equal(loss(copied), loss(model))
 
 
-@pytest.mark.parametrize(
-    ("text", "code", "said"),
-    [
-        ("sparse static 90% on ffn\nfreeze ffn.up", "S115", "freeze ffn.up"),
-        ("sparse static 90% on ffn\nquantize base nf4", "S114", "quantize base nf4"),
-        ("sparse static 90% on ffn\nprune magnitude 50% on ffn.up", "S103", "prune magnitude 50%"),
-        ("lottery 90% rounds 2 on ffn\nsparse rigl 50% on ffn.up", "S103", "sparse rigl 50%"),
-        ("lora rank 2 init pissa on ffn\nsparse rigl 50% on ffn.up", "S103", "sparse rigl 50%"),
-        ("sparse static 99.99% on ffn", "S117", "sparse static 99.99%"),
-    ],
-)
-def test_what_does_not_go_together(text: str, code: str, said: str) -> None:
-    with pytest.raises(PlanError) as refused:
-        surgery.plan(surgery.parse(text), reference_decoder(WIDE), example_inputs=FED)
-    assert refused.value.diagnostics[0].code == code
-    assert said in str(refused.value)
-
-
-def test_a_fused_projection_is_masked_whole() -> None:
-    model = zoo.tiny("gpt2")
-    for text in (
-        "sparse static 50% on attn.q",
-        "lottery 50% rounds 1 on attn.q",
-        "prune magnitude 0% to 9% over 100 steps on attn.q",
-    ):
-        with pytest.raises(PlanError, match="select it whole"):
-            surgery.plan(surgery.parse(text), model, anatomy=studied.anatomy("gpt2"))
-    assert surgery.plan(surgery.parse("sparse static 50% on attn.q,k,v"), model, anatomy=studied.anatomy("gpt2")).places
-
-
-def test_schedules_that_cannot_be_kept() -> None:
-    def code(of: Any) -> str:
-        with pytest.raises(SurgeryError) as refused:
-            of()
-        assert isinstance(refused.value, GraphError)
-        return refused.value.diagnostics[0].code
-
-    def optimizer(model: nn.Module) -> Any:
-        return torch.optim.SGD(
-            [p for p in model.parameters() if p.requires_grad] or [nn.Parameter(torch.ones(1))], lr=0.1
-        )
-
-    plain, adapted, share = reference_decoder(WIDE), applied("ia3"), applied("sparse rigl 80% every 5 steps on ffn")
-    assert code(lambda: surgery.schedule(plain, optimizer(plain))) == "S370"
-    assert code(lambda: surgery.schedule(adapted, optimizer(adapted))) == "S372"
-    assert code(lambda: surgery.schedule(share, optimizer(share))) == "S373"
-    assert code(lambda: surgery.schedule(share, optimizer(share), steps=6)) == "S373"
-    assert code(lambda: surgery.schedule(share, optimizer(plain), steps=60)) == "S374"
-    assert code(lambda: surgery.lottery(plain, lambda *_: None)) == "S370"
-    assert code(lambda: surgery.lottery(share, lambda *_: None)) == "S372"
-    model = applied(RIGL)
-    eager = surgery.schedule(model, optimizer(model))
-    eager.step()
-    assert code(eager.step) == "S374"  # no backward pass has been
-
-
 def test_the_specs_are_trained() -> None:
     """specs/sparse.surgery and specs/lottery.surgery on a small encoder of their depth."""
     for name in ("sparse", "lottery"):
@@ -389,34 +234,3 @@ def test_the_specs_are_trained() -> None:
             assert schedule.step()
         assert not all(map(torch.equal, before, [each.mask() for each in places(model)]))
         assert all(each.mask().any() for each in places(model))
-
-
-@pytest.mark.parametrize("name", ["adamw8bit", "lion8bit"])
-def test_trained_pruned_weights_keep_their_zeros_in_8_bits(name: str) -> None:
-    """Without a schedule too, and in a fused projection of which only some rows are pruned."""
-    model = zoo.tiny("gpt2", n_embd=66, n_inner=70)
-    surgery.apply(
-        surgery.parse(f"train attn + ffn\nprune magnitude 50% on attn.q,v + ffn\noptimize {name} lr 0.01"), model
-    )
-    zeros = {each.part.path: each.weight == 0 for each in places(model)}
-    optimizer: Any = surgery.optimizer(model)
-    fed = zoo.inputs(model)
-    for _ in range(3):
-        model(**fed).logits.square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for each in places(model):
-        assert optimizer.state[each.weight]["state1"].dtype == torch.uint8
-        assert torch.equal(each.weight == 0, zeros[each.part.path])
-    assert surgery.verify(model).of("exact_sparsity")
-
-
-def test_codes_have_no_zeros_to_hold() -> None:
-    """A pruned weight in four bits is not trained, whatever the optimizer of what is."""
-    model = applied("prune magnitude 50% on ffn\nquantize base nf4\nlora rank 2 on ffn\noptimize adamw8bit lr 0.01")
-    optimizer: Any = surgery.optimizer(model)
-    before = {name: tensor.clone() for name, tensor in surgery.parameters(model).items()}
-    loss(model).backward()
-    optimizer.step()
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in surgery.parameters(model).items())
-    assert surgery.verify(model, example_inputs=FED)

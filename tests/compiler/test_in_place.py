@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2ForMaskedLM, RwkvConfig, RwkvForCausalLM
 
 import surgery
-from surgery.errors import PlanError
+from surgery.errors import GraphError, PlanError
+from surgery.graph.module import Rewritten
+from tests import zoo
 
 
 class HeadInPlace(nn.Module):
@@ -78,6 +80,7 @@ class Named(nn.Module):
 
 
 IDS, NUMBERS = torch.tensor([[3, 1, 4, 1]]), torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+FED = (zoo.tokens(51),)
 
 
 def deberta() -> nn.Module:
@@ -154,3 +157,83 @@ def test_a_forward_without_a_bias_is_given_none(quantized: str) -> None:
     merged = surgery.merge(model)
     assert torch.equal(merged(NUMBERS), before)
     assert "up.bias" not in merged.state_dict()
+
+
+class Fused(nn.Module):
+    """Torch's own encoder layers, whose fast path reads weights without calling the modules that hold them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(51, 20)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(20, 4, 30, dropout=0.0, batch_first=True) for _ in range(2)
+        )
+        self.head = nn.Linear(20, 51)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+class Attending(nn.Module):
+    """nn.MultiheadAttention, which hands the weight of its output projection to a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(51, 20)
+        self.layers = nn.ModuleList(nn.ModuleDict({"attention": self.one(), "mlp": self.two()}) for _ in range(2))
+        self.head = nn.Linear(20, 51)
+
+    @staticmethod
+    def one() -> nn.Module:
+        return nn.MultiheadAttention(20, 4, batch_first=True)
+
+    @staticmethod
+    def two() -> nn.Module:
+        return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 20))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer["attention"](x, x, x, need_weights=False)[0]
+            x = x + layer["mlp"](x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "program", "code"),
+    [
+        (Attending, "lora rank 2 on attn.o", "S303"),
+        (Attending, "quantize attn.o nf4", "S303"),
+        (Fused, "lora rank 2 on attn.o", "S303"),
+        (Fused, "lora rank 2 on ffn", "S303"),
+        (Fused, "quantize base nf4", "S101"),  # its in_proj_weight is no module's `weight` besides
+    ],
+)
+def test_weights_that_are_read_past_their_module_are_refused(
+    kind: type[nn.Module], program: str, code: str, training: bool
+) -> None:
+    """Error: an adapter at a module that is never called would train to nothing; the model stays as it was."""
+    torch.manual_seed(0)
+    model = kind().train(training)
+    wanted = model(*FED).detach()
+    with pytest.raises((GraphError, PlanError)) as caught:
+        surgery.apply(surgery.parse(program), model, example_inputs=FED)
+    assert {each.code for each in caught.value.diagnostics} == {code}
+    assert "layers.0" in str(caught.value)
+    assert torch.equal(model(*FED), wanted)
+    assert not any(isinstance(each, Rewritten) for each in model.modules())
+
+
+def test_modules_beside_such_a_weight_are_rewritten() -> None:
+    """identity_at_init: the refusal is of that place only."""
+    torch.manual_seed(0)
+    model = Attending().eval()
+    with torch.no_grad():  # torch's attention rounds otherwise where gradients are wanted
+        wanted = model(*FED)
+        surgery.apply(surgery.parse("lora rank 2 on ffn"), model, example_inputs=FED)
+        assert torch.equal(model(*FED), wanted)
+    assert sum(isinstance(each, Rewritten) for each in model.modules()) == 4

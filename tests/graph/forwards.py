@@ -164,10 +164,3 @@ def decoder(make: Callable[[int, int], nn.Module], child: str = "lift", **sizes:
 
 def applied(program: str, model: nn.Module) -> Any:
     return surgery.apply(surgery.parse(program), model, example_inputs=FED)
-
-
-def trained(model: nn.Module) -> Any:
-    """Every added parameter a little away from where it starts."""
-    for name, parameter in surgery.parameters(model).items():
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=zoo.seeded(5, name), dtype=parameter.dtype))
-    return model

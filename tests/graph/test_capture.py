@@ -35,9 +35,9 @@ from tests.graph.forwards import (
     TwiceTheProduct,
     applied,
     decoder,
-    trained,
 )
 from tests.graph.rewriting import holder, rewrite
+from tests.trained import trained
 
 LOOKALIKES = {
     "plus one": OneMore,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from surgery.graph.fold import fold
 from surgery.graph.module import Rewritten, added_parameters
 from surgery.operations.lora import Lora
 from surgery.verify.bounds import relative_error
+from tests import zoo
 from tests.graph.forwards import (
     FED,
     Cut,
@@ -25,9 +28,9 @@ from tests.graph.forwards import (
     TimesItsMean,
     applied,
     decoder,
-    trained,
 )
 from tests.graph.rewriting import holder, rewrite
+from tests.trained import trained, trained_under
 
 
 @pytest.mark.parametrize("kind", [Squared, PositivePart, Squashed, Rectified])
@@ -105,3 +108,30 @@ def test_a_fold_gives_the_right_numbers_or_none(kind: type[nn.Linear]) -> None:
     except NotAffine:
         merged = made
     assert relative_error(merged(x), wanted) <= 1e-5
+
+
+def test_a_merge_into_a_scaled_embedding_keeps_its_class_and_loads(tmp_path: Path) -> None:
+    """merges: the factor of the lookup's own forward stays where it is, so that the files load as that model."""
+    model = zoo.tiny("gemma")
+    kind, before = type(model.model.embed_tokens), model.model.embed_tokens.weight.detach().clone()
+    assert kind is not nn.Embedding
+    trained_under("lora rank 2 on embed", model)
+    fed = zoo.inputs(model)
+    wanted = zoo.logits(model, fed)
+    assert relative_error(wanted, zoo.logits(zoo.tiny("gemma"), fed)) > 1e-3
+    surgery.merge(model)
+    merged = zoo.logits(model, fed)
+    assert relative_error(merged, wanted) <= 1e-5
+    assert type(model.model.embed_tokens) is kind
+    assert relative_error(model.model.embed_tokens.weight.detach(), before) < 1, "the factor must not be in the table"
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(zoo.logits(again, fed), merged)
+
+
+def test_a_merge_without_training_changes_no_bit_of_a_scaled_embedding() -> None:
+    """merges: what adds nothing changes nothing."""
+    model = surgery.apply(surgery.parse("lora rank 2 on embed"), zoo.tiny("gemma"))
+    surgery.merge(model)
+    found, wanted = model.model.embed_tokens.weight, zoo.tiny("gemma").model.embed_tokens.weight
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)

@@ -168,13 +168,16 @@ def masked(draw: st.DrawFn, model: Model, operation: st.SearchStrategy[Operation
 
 
 def quantizes() -> st.SearchStrategy[Quantize]:
-    return st.builds(
+    """4-bit formats in blocks, and int8, which has a scale for each row and no options of blocks."""
+    compute = st.sampled_from(["input", "fp32"])
+    in_blocks = st.builds(
         Quantize,
         format=st.sampled_from(["nf4", "fp4"]),
         double=st.booleans(),
         block=st.sampled_from([64, 128]),
-        compute=st.sampled_from(["input", "fp32"]),
+        compute=compute,
     )
+    return in_blocks | st.builds(Quantize, format=st.just("int8"), compute=compute)
 
 
 def prefixes() -> st.SearchStrategy[Prefix]:

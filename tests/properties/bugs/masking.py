@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import surgery
@@ -54,6 +56,30 @@ def _wrong_block_size(patch: Patch) -> None:
     patch.setattr(surgery.graph.codes, "encode", lambda w, form, block, double: original(w, form, 2 * block, double))
 
 
+def _scale_per_matrix(patch: Patch) -> None:
+    original = surgery.graph.codes.encode_8bit
+
+    def encode_8bit(weight: Tensor) -> tuple[Tensor, Tensor]:
+        codes, absmax = original(weight.reshape(1, -1))
+        return codes.view_as(weight), absmax.expand(weight.shape[0])
+
+    patch.setattr(surgery.graph.codes, "encode_8bit", encode_8bit)
+
+
+def _cut_off(patch: Patch) -> None:
+    patch.setattr(surgery.graph.codes, "encode_8bit", lambda weight: _steps(weight.half(), Tensor.trunc))
+
+
+def _infinite_in_float16(patch: Patch) -> None:
+    patch.setattr(surgery.graph.codes, "encode_8bit", lambda weight: _steps(weight.half(), Tensor.round))
+
+
+def _steps(weight: Tensor, whole: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    absmax = weight.abs().amax(dim=1).float()
+    scale = torch.where(absmax > 0, 127 / absmax, 0.0)
+    return whole(weight * scale.unsqueeze(1)).to(torch.int8), absmax
+
+
 def _quantized_before_pruned(patch: Patch) -> None:
     order = ("shrink", "quantize", "mask", "route", "attach", "train", "schedule")
     patch.setattr(planning, "PHASES", order)
@@ -67,6 +93,9 @@ BUGS: tuple[Bug, ...] = (
     Bug("pruned weights are not zeroed", "zeros", _zeros_forgotten, "prune magnitude 50% on ffn"),
     Bug("block boundary off by one", "codes", _block_boundary_off_by_one, "quantize base nf4"),
     Bug("block size doubled", "codes", _wrong_block_size, "quantize base nf4"),
+    Bug("one 8-bit scale for a matrix", "codes", _scale_per_matrix, "quantize base int8"),
+    Bug("8-bit codes cut off, not rounded", "codes", _cut_off, "quantize base int8"),
+    Bug("8-bit scales infinite beyond float16", "codes", _infinite_in_float16, "quantize base int8"),
     Bug(
         "quantized before it is pruned",
         "codes",

@@ -1,4 +1,4 @@
-"""Laws of weights that lose something: zeros and 4-bit codes."""
+"""Laws of weights that lose something: zeros and codes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from surgery.verify.bounds import merge_bound
 from tests import strategies, zoo
 from tests.properties.case import Case, Law
 from tests.properties.drawn import FLOATS, cases, one, quantized
+from tests.reference_decoder import ReferenceDecoder
 
 
 def zeros_are_as_many_as_asked(case: Case) -> None:
@@ -73,35 +74,67 @@ def more_pruning_keeps_the_zeros(case: Case) -> None:
 
 
 def codes_are_bitsandbytes(case: Case) -> None:
-    """Packed bytes and scales equal bitsandbytes' own for the same weights, pruned first where they are."""
-    import bitsandbytes.functional as bnb
-
+    """Bytes and scales equal bitsandbytes' own for the same weights, pruned first where they are."""
     quantize = next(s.operation for s in case.program.statements if isinstance(s.operation, Quantize))
     prunes = tuple(s for s in case.program.statements if isinstance(s.operation, Prune))
-    base = case.apply(Program(prunes, seed=case.program.seed)) if prunes else case.build()
-    model = case.apply()
+    base = case.apply(Program(prunes, seed=case.program.seed), _uneven(case)) if prunes else _uneven(case)
+    model = case.apply(model=_uneven(case))
     places = [path for path, module in rewritten(model) if module.facts is not None]
-    assert places
+    assert {ZEROS, HUGE} <= set(places)
     for path in places:
         weight = base.get_parameter(f"{path}.weight").detach()
-        codes, state = bnb.quantize_4bit(
-            (weight.float() if weight.dtype == torch.float64 else weight).contiguous(),
-            blocksize=quantize.block,
-            compress_statistics=quantize.double,
-            quant_type=quantize.format,
-        )
+        codes, absmax, wide = (_in_8_bits if quantize.format == "int8" else _in_4_bits)(weight, quantize)
         module: Any = model.get_submodule(path)
-        assert torch.equal(getattr(module, "weight_codes", module._parameters.get("weight")), codes), path
-        assert torch.equal(module.weight_absmax, state.absmax), path
-        wide = widened(codes, state)
+        assert torch.equal(module._parameters["weight_codes"], codes), path
+        assert torch.equal(module.weight_absmax, absmax), path
         assert (wide[weight == 0] == 0).all(), "a zero is none after quantization"
         x = torch.randn(3, wide.shape[1], generator=zoo.seeded(0, path), dtype=torch.float64).to(weight.dtype)
         bias = module._parameters.get("bias")
         with surgery.disabled(model), torch.no_grad():
             found = module(x).double()
         wanted = nn.functional.linear(x.double(), wide.double(), None if bias is None else bias.double())
-        narrow = torch.float32 if quantize.compute == "fp32" and weight.dtype == torch.float64 else weight.dtype
+        through = quantize.compute == "fp32" or quantize.format == "int8"  # whose steps are divided in float32
+        narrow = torch.float32 if through and weight.dtype == torch.float64 else weight.dtype
         assert (found - wanted).abs().max() <= merge_bound(narrow, 1, 1.0) * max(1.0, wanted.abs().max().item())
+
+
+ZEROS, HUGE = "layers.0.ffn.up", "layers.0.ffn.down"
+
+
+@torch.no_grad()
+def _uneven(case: Case) -> ReferenceDecoder:
+    """The model with a row that is nothing but zeros, and a matrix that float16 does not hold."""
+    model = case.build()
+    model.get_parameter(f"{ZEROS}.weight")[0] = 0
+    huge = model.get_parameter(f"{HUGE}.weight").mul_(1e6)
+    assert huge.abs().max() > torch.finfo(torch.float16).max
+    return model
+
+
+def _in_4_bits(weight: Tensor, quantize: Quantize) -> tuple[Tensor, Tensor, Tensor]:
+    """bitsandbytes' codes and scales, and what they stand for."""
+    import bitsandbytes.functional as bnb
+
+    codes, state = bnb.quantize_4bit(
+        (weight.float() if weight.dtype == torch.float64 else weight).contiguous(),
+        blocksize=quantize.block,
+        compress_statistics=quantize.double,
+        quant_type=quantize.format,
+    )
+    return codes, state.absmax, widened(codes, state)
+
+
+def _in_8_bits(weight: Tensor, quantize: Quantize) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_in_4_bits`; of float16, as bitsandbytes has it, unless that makes infinite what is not.
+
+    bitsandbytes divides by the scale of a row of zeros: what its codes are then is not said. They are zero here.
+    """
+    import bitsandbytes.functional as bnb
+
+    half = weight.to(torch.float16)
+    codes, absmax, _ = bnb.int8_vectorwise_quant(half if half.isfinite().all() else weight.float())
+    codes[absmax == 0] = 0
+    return codes, absmax, codes.double() * (absmax.double() / 127).unsqueeze(1)
 
 
 def widened(codes: Tensor, state: Any) -> Tensor:
@@ -133,5 +166,5 @@ LAWS: tuple[Law, ...] = (
         cases(one(strategies.prunes(ratios=False))),
         2,
     ),
-    Law("codes", "4-bit bytes are bitsandbytes' own, zeros stay", codes_are_bitsandbytes, cases(quantized, FLOATS)),
+    Law("codes", "bytes of codes are bitsandbytes' own, zeros stay", codes_are_bitsandbytes, cases(quantized, FLOATS)),
 )

@@ -37,6 +37,7 @@ ATTACHED = {
 }
 CHANGED = {
     "codes": "quantize attn.o nf4; lora rank 2 on attn.q",
+    "eight": "quantize attn.o int8; lora rank 2 on attn.q",
     "mask": "prune magnitude 50% on ffn; lora rank 2 on attn.q",
     "pissa": "lora rank 2 init pissa on attn.q",
     "sparse": "sparse static 50% on ffn",

@@ -27,6 +27,7 @@ PROGRAMS = {
     "gated": "prefix 3 gated on all layers",
     "pruned": "prune magnitude 50% on ffn",
     "quantized": "quantize base nf4 double",
+    "eight": "quantize base int8",
     "all": "quantize base nf4 double\nlora rank 2 on attn.q,v\nprefix 3 on all layers\nprune magnitude 50% on ffn",
 }
 

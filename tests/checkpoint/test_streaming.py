@@ -32,6 +32,7 @@ PROGRAMS = {
     "lookups": "lora rank 2 on embed; train bias add",
     "shared": "prefix 5 via mlp 4 on all layers",
     "front": "ptuning v1 5 via mlp 6",
+    "eight": "quantize base int8; prune magnitude 50% on ffn; lora rank 2 dora on attn",
 }
 
 

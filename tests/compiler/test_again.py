@@ -59,6 +59,9 @@ COMPOSING = [
     ("train ffn, norm", "freeze norm ; prune magnitude 20% on ffn"),
     ("train bias add", "lora rank 2 on attn"),
     (LORA, "optimize adamw lr 0.1"),
+    (LORA, "quantize base int8"),
+    ("quantize base int8", "lora rank 1 on ffn ; prefix 2 on all layers"),
+    ("prune magnitude 50% on ffn ; lora rank 2 dora on all linear", "quantize attn int8 ; quantize ffn nf4"),
     ("prompt 3", "prefix 2 on all layers"),
     ('instruct "w5 w6" cached', "prune magnitude 50% on ffn"),
     ("lora rank 2 on embed + head", "lora rank 2 on attn.q"),
@@ -121,6 +124,8 @@ LATE = [
     ("quantize base nf4", "lora rank 1 init pissa on attn.q"),
     ("quantize base nf4", "lora rank 1 init loftq 3 on attn.q"),
     ("lora rank 1 init pissa on attn.q", "quantize base nf4"),
+    ("quantize base int8", "prune magnitude 50% on attn.q"),
+    ("quantize base int8", "lora rank 1 init pissa on attn.q"),
 ]
 
 

@@ -15,6 +15,7 @@ FED = (zoo.tokens(51),)
 COMPILED = (
     "lora rank 2 on attn.q as one\nlora rank 2 dora on attn.v as two",
     "quantize base nf4\nlora rank 2 on attn.q,v as one\nlora rank 2 dropout 10% on ffn as two",
+    "quantize base int8\nlora rank 2 on attn.q,v as one\nlora rank 2 dropout 10% on ffn as two",
     "lora rank 2 on attn.q as one\nprefix 3 gated on all layers as two",
 )
 

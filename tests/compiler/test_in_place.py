@@ -94,7 +94,9 @@ def rwkv() -> nn.Module:
     return RwkvForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("text", ["lora rank 2 on {}", "prune magnitude 50% on {}", "quantize {} nf4", "ia3 on {}"])
+@pytest.mark.parametrize(
+    "text", ["lora rank 2 on {}", "prune magnitude 50% on {}", "quantize {} nf4", "quantize {} int8", "ia3 on {}"]
+)
 @pytest.mark.parametrize(
     ("make", "where", "because", "inputs"),
     [
@@ -144,7 +146,7 @@ def test_the_others_are_free(make: Any, text: str, inputs: Any) -> None:
     torch.testing.assert_close(surgery.merge(model)(*inputs), after)
 
 
-@pytest.mark.parametrize("quantized", ["", "; quantize ffn nf4"])
+@pytest.mark.parametrize("quantized", ["", "; quantize ffn nf4", "; quantize ffn int8"])
 def test_a_forward_without_a_bias_is_given_none(quantized: str) -> None:
     """What it would not read is not merged into it; the plan says so, and the output stays."""
     model = Named("weight").eval()

@@ -31,10 +31,11 @@ PROGRAMS = {
     "nf4": "quantize base nf4; lora rank 2 on all linear",
     "double": "quantize base nf4 double; lora rank 3 dora on attn; ia3",
     "fp4": "quantize ffn fp4 block 32; lora rank 2 on all linear",
+    "int8": "quantize base int8; prune magnitude 50% on ffn; lora rank 2 on all linear; ia3 on attn.k,v",
     "masked": "quantize base nf4 double; prune magnitude 50% on ffn; ia3 on attn.k,v + ffn.down",
 }
 FAMILIES = ("llama", "gpt2", "phi3", "opt")
-QUICK = [("nf4", "gpt2"), ("double", "llama"), ("fp4", "opt"), ("masked", "phi3")]
+QUICK = [("nf4", "gpt2"), ("double", "llama"), ("fp4", "opt"), ("int8", "llama"), ("masked", "phi3")]
 PAIRS = [(name, family) for name in PROGRAMS for family in FAMILIES]
 
 

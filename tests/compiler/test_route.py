@@ -98,7 +98,9 @@ def test_sixteen_bit_rows_of_the_base_keep_their_bits(dtype: torch.dtype) -> Non
     assert (found[0] - wanted[2]).abs().max() > 0.2 * wanted[0].abs().max()
 
 
-@pytest.mark.parametrize("base", ["quantize base nf4", "quantize base fp4 double", "prune magnitude 50% on ffn"])
+@pytest.mark.parametrize(
+    "base", ["quantize base nf4", "quantize base fp4 double", "quantize base int8", "prune magnitude 50% on ffn"]
+)
 def test_rows_over_quantized_and_pruned_bases(base: str) -> None:
     model = transformed(f"{base}\nlora rank 2 on all linear as french\nlora rank 2 on ffn as german", zoo.tiny("gpt2"))
     fed, rows = zoo.inputs(model, batch=3), ("german", None, "french")

@@ -82,7 +82,7 @@ def test_ties_come_back() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("base", ["", "quantize base nf4 double", "prune magnitude 50% on attn"])
+@pytest.mark.parametrize("base", ["", "quantize base nf4 double", "quantize base int8", "prune magnitude 50% on attn"])
 def test_bits_come_back_over_every_base(base: str, dtype: torch.dtype) -> None:
     model = transformed(f"{base}\nlora rank 2 on attn.q,v as french", zoo.tiny("gpt2", dtype=dtype))
     tensors, logits = bits(model), zoo.logits(model, zoo.inputs(model))
@@ -141,7 +141,7 @@ def test_some_are_merged_and_the_others_stay() -> None:
         assert (alone - wanted).abs().max() <= 1e-5 * wanted.abs().max(), names
 
 
-@pytest.mark.parametrize("base", ["quantize base nf4", "prune magnitude 50% on ffn", ""])
+@pytest.mark.parametrize("base", ["quantize base nf4", "quantize base int8", "prune magnitude 50% on ffn", ""])
 def test_some_are_merged_over_every_base(base: str, tmp_path: Path) -> None:
     """What comes out is saved, loaded, verified, merged and trained like any other."""
     program = f"{base}\nlora rank 2 on ffn + attn.k as french\nlora rank 2 on attn + ffn.up as german"

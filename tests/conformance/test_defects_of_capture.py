@@ -120,7 +120,7 @@ def test_defect_13_forwards_and_inits_leave_the_base_as_it_is(init: str) -> None
         assert relative_error(merged[name], tensor) < 1e-6, f"{name} did not come back"
 
 
-@pytest.mark.parametrize("other", ["prune magnitude 50% on ffn", "quantize base nf4"])
+@pytest.mark.parametrize("other", ["prune magnitude 50% on ffn", "quantize base nf4", "quantize base int8"])
 def test_defect_15_a_transformed_model_can_be_traced_and_keeps_its_keys(other: str) -> None:
     model = zoo.plain("nano", dtype=torch.float32)
     ids = zoo.tokens(51)

@@ -49,6 +49,7 @@ PROGRAMS = [
     ("bert", "lora rank 2 dora on attn; prune magnitude 50% on attn.o; prune neurons 30% by magnitude on ffn"),
     ("phi3", "quantize ffn fp4; ia3; adapter bottleneck 2 after ffn"),
     ("t5", "lora rank 2 on cross.q + embed"),
+    ("qwen2", "quantize base int8; lora rank 2 dora on attn"),
 ]
 
 

@@ -96,6 +96,7 @@ PROGRAMS = (
     "prune magnitude 2:4 on ffn.up",
     "quantize ffn.up nf4",
     "quantize ffn.up nf4 compute fp32",
+    "quantize ffn.up int8",
 )
 
 

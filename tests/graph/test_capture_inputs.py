@@ -16,7 +16,9 @@ from surgery.operations.quantize import Quantize
 from tests.graph.rewriting import rewrite
 
 
-@pytest.mark.parametrize("operation", [Lora(rank=2), Quantize(format="nf4"), Prune(score="magnitude", amount=0.5)])
+@pytest.mark.parametrize(
+    "operation", [Lora(rank=2), Quantize(format="nf4"), Quantize(format="int8"), Prune(score="magnitude", amount=0.5)]
+)
 def test_a_rewritten_map_is_called_as_the_one_before(operation: Operation) -> None:
     """frame: by the keyword that torch's own linear map and lookup have, as well as by place."""
     torch.manual_seed(0)

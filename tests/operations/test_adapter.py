@@ -145,10 +145,12 @@ def test_a_row_reads_what_comes_before() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("base", ["", "quantize base nf4; ", "prune magnitude 50% on attn + ffn; "])
+@pytest.mark.parametrize(
+    "base", ["", "quantize base nf4; ", "quantize base int8; ", "prune magnitude 50% on attn + ffn; "]
+)
 @pytest.mark.parametrize("family", EVERYWHERE)
 def test_identity_at_the_start(family: str, base: str) -> None:
-    """To the bit, in train and eval mode, over 4-bit and pruned bases; and off, once it is something else."""
+    """To the bit, in train and eval mode, over 4-bit, 8-bit and pruned bases; and off, once it is something else."""
     dtype = torch.float64 if family in zoo.PLAIN and not base else torch.float32
     plain = zoo.specimen(family, dtype=dtype)
     if base:

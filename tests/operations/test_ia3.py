@@ -31,10 +31,12 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).abs().max() / wanted.abs().max()).item()
 
 
-@pytest.mark.parametrize("base", ["", "quantize base nf4 double\n", "prune magnitude 50% on attn + ffn\n"])
+@pytest.mark.parametrize(
+    "base", ["", "quantize base nf4 double\n", "quantize base int8\n", "prune magnitude 50% on attn + ffn\n"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ones_change_no_bit_in_either_mode(family: str, base: str) -> None:
-    """identity_at_init, off_means_off: over the plain, the 4-bit and the pruned base."""
+    """identity_at_init, off_means_off: over the plain, the 4-bit, the 8-bit and the pruned base."""
     one = zoo.specimen(family)
     wanted = zoo.specimen(family)
     if base:

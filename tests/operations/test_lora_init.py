@@ -18,7 +18,7 @@ from tests import zoo
 from tests.operations.test_lora import refused
 
 SHAPES = ["llama", "gpt2", "phi3"]  # apart, stored (in, out) and fused, fused
-CODES = ["nf4", "fp4 double block 32"]
+CODES = ["nf4", "fp4 double block 32", "int8"]
 
 
 def matrices(model: nn.Module, role: str) -> dict[str, Tensor]:

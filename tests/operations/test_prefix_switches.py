@@ -33,12 +33,15 @@ def test_gated_is_nothing_at_first_and_something_later(name: str) -> None:
     [
         pytest.param(name, base, marks=() if turn % 5 == 0 else pytest.mark.slow)
         for turn, (name, base) in enumerate(
-            product([*zoo.FAMILIES, *zoo.PLAIN], ["quantize base nf4", "prune magnitude 50% on attn + ffn"])
+            product(
+                [*zoo.FAMILIES, *zoo.PLAIN],
+                ["quantize base nf4", "quantize base int8", "prune magnitude 50% on attn + ffn"],
+            )
         )
     ],
 )
 def test_gated_is_nothing_over_other_bases(name: str, base: str) -> None:
-    """Promise: identity at the start, to the bit, over 4-bit and pruned weights, in training as in evaluation."""
+    """Promise: identity at the start, to the bit, over codes and pruned weights, in training as in evaluation."""
     alone, gated = zoo.specimen(name, dtype=torch.float32), zoo.specimen(name, dtype=torch.float32)
     studied.apply(base, name, alone.model)
     studied.apply(f"{base}; prefix 6 gated", name, gated.model)

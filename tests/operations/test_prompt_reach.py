@@ -63,6 +63,7 @@ def test_reentrant_checkpoints_are_refused() -> None:
     [
         ("prompt 3", "lora rank 2 on attn.q"),
         ("quantize base nf4", "prompt 3"),
+        ("quantize base int8", "prompt 3"),
         (f'instruct "{TEXT}" cached', "prefix 2"),
         ("ptuning v1 3 via mlp 4", f'instruct "{TEXT}"'),
     ],

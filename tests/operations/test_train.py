@@ -102,7 +102,7 @@ def test_bitfit_on_minilm(minilm: Any) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("base", ["", "quantize base nf4\n", "prune magnitude 50% on ffn\n"])
+@pytest.mark.parametrize("base", ["", "quantize base nf4\n", "quantize base int8\n", "prune magnitude 50% on ffn\n"])
 def test_added_biases_start_as_no_change_and_switch_off(family: str, base: str) -> None:
     """identity_at_init, off_means_off: to the bit, over any base."""
     one, plain = zoo.specimen(family), zoo.specimen(family)

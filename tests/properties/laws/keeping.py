@@ -131,8 +131,8 @@ def programs_compose(case: Case) -> None:
     statements, seed = case.program.statements, case.program.seed
     for cut in range(1, len(statements)):
         first, second = (Program(part, seed=seed) for part in (statements[:cut], statements[cut:]))
-        if all(each.operation.phase == "schedule" or each.operation.freezes for each in first.statements):
-            continue  # has nothing to do on its own
+        if _has_nothing_to_do(first):
+            continue
         model = case.apply(first)
         with tempfile.TemporaryDirectory() as directory:
             surgery.save(model, Path(directory) / "out")
@@ -153,6 +153,17 @@ def programs_compose(case: Case) -> None:
             case.apply(second, trained)
             now = dict(trained.named_parameters())
             assert all(torch.equal(now[name], value) for name, value in values.items()), "trained values are lost"
+
+
+def _has_nothing_to_do(program: Program) -> bool:
+    """Whether it says how to train, and nothing that is trained."""
+    operations = [statement.operation for statement in program.statements]
+    trained = any(
+        (each.phase in ("attach", "train") and not each.freezes) or isinstance(each, Sparse) for each in operations
+    )
+    if any(each.phase == "schedule" for each in operations):
+        return not trained
+    return all(each.freezes for each in operations)
 
 
 def _comes_too_late(case: Case, program: Program, model: nn.Module) -> bool:

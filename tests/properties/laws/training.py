@@ -10,7 +10,9 @@ import torch
 import surgery
 from surgery.graph.module import rewritten
 from surgery.language.program import Program
+from surgery.operations.adapter import Adapter
 from surgery.operations.optimize import Optimize
+from surgery.operations.prefix import Prefix
 from surgery.operations.prune import Prune
 from surgery.operations.quantize import Quantize
 from tests.properties import hand
@@ -68,6 +70,22 @@ def _unpaged(program: Program) -> Program:
     return Program(tuple(plain), seed=program.seed)
 
 
+def _may_be_still(program: Program) -> tuple[str, ...]:
+    """Parts of names of tensors on which nothing may depend.
+
+    A recurrent network that makes one position has read nothing before it; a softmax of one key is 1 for any; few
+    units of a function with flat ends may all be there, for each of few tokens.
+    """
+    operations = [statement.operation for statement in program.statements]
+    names = ["weight_hh"]
+    names += ["prefix_key" for each in operations if isinstance(each, Prefix) and each.gated and each.positions == 1]
+    names += ["adapter_" for each in operations if isinstance(each, Adapter) and each.activation in FLAT]
+    return tuple(names)
+
+
+FLAT = ("relu", "relu6", "hardswish")
+
+
 def gradients_are_those_of_the_written_graph(case: Case) -> None:
     """What runs (fused, with gradients of its own) against the graph as methods wrote it, node by node."""
     model = case.apply().train()
@@ -84,11 +102,11 @@ def gradients_are_those_of_the_written_graph(case: Case) -> None:
     torch.manual_seed(0)
     case_loss(model, case).backward()
     wanted = {name: parameter.grad for name, parameter in surgery.parameters(model).items()}
+    still = _may_be_still(case.program)
     # What cancels in one gradient is rounded as the others are.
     largest = max((gradient.abs().max().item() for gradient in wanted.values()), default=0.0)
     for name, gradient in wanted.items():
-        # A recurrent network that makes one position has read nothing before it.
-        assert gradient.abs().max() > 0 or "weight_hh" in name, f"{name} gets no gradient"
+        assert gradient.abs().max() > 0 or any(part in name for part in still), f"{name} gets no gradient"
         slack = 1e-5 if case.has(Quantize) else 1e-10  # `compute fp32` rounds on its way
         assert torch.allclose(found[name], gradient, rtol=0, atol=slack * largest), name
 

@@ -1,17 +1,17 @@
 """Structured pruning beside torch-pruning, on a decoder and an encoder, and what half of the neurons less bring.
 
-    python -m tests.bench.structured [--rounds 5] [--only smollm2 minilm speed] [--threads 1]
+    python -m tests.bench.structured [--rounds 5] [--only smollm2 minilm speed] [--units neurons heads channels]
+        [--threads 1]
 
-The same share of the ffn's neurons goes by the same scores (sums of |w|), once by `prune neurons 25% on ffn` and once
-by torch-pruning's MagnitudePruner, which is told by name which maps write them. Time to prune, parameters left, output
-error against the whole model on text, and the forward's time, all contenders by turns in one run.
+The same share of neurons, heads or channels goes by the same scores (sums of |w|), once by one statement and once by
+torch-pruning, which is told by name which maps write them (tests/bench/torch_pruning_peer.py). Time to prune,
+parameters left, output error against the whole model on text, and the forward's time, all contenders by turns in one
+run.
 
 Limits: as many parameters as torch-pruning leaves, and no larger an error. `speed`: at width 2048 the model with half
 of its neurons is faster by at least 0.9 of what the multiplications that went promise.
 
-Found with `--rounds 3` on a busy machine: as many parameters and the same error on both; pruning takes 1.85 times
-torch-pruning's time on SmolLM2 and 15 times (1.4 s) on MiniLM; forwards are faster by 1.16 (1.15) and 1.20 (1.20); at
-width 2048 0.97 of the promise.
+FIGURES
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +30,11 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.verify.bounds import relative_error
+from tests.bench import torch_pruning_peer
 from tests.bench.measure import alternate, keep_pages, ratio, table
+from tests.bench.torch_pruning_peer import CASES, Units
 
-SHARE = 0.25
-PROGRAM = "prune neurons 25% on ffn"
 TOKENS = 256
-WRITERS = {"smollm2": ("gate_proj", "up_proj"), "minilm": ("intermediate.dense",)}  # as torch-pruning has to be told
 
 
 def base(name: str) -> tuple[Any, dict[str, Tensor]]:
@@ -61,71 +61,41 @@ def output(model: nn.Module, fed: dict[str, Tensor]) -> Tensor:
     return value
 
 
-def ours(model: Any) -> None:
-    surgery.apply(surgery.parse(PROGRAM), model)
-
-
-def peer(model: Any, fed: dict[str, Tensor], writers: tuple[str, ...]) -> None:
-    """torch-pruning, its scores as ours: sums of |w| over all that belongs to a neuron, not normalised."""
-    import torch_pruning
-
-    linear = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    chosen = [module for path, module in linear if path.endswith(writers)]
-    assert chosen
-    importance = torch_pruning.importance.MagnitudeImportance(
-        p=1, group_reduction="sum", normalizer=None, target_types=[nn.Linear], bias=True
-    )
-    pruner = torch_pruning.pruner.MagnitudePruner(
-        model,
-        {key: value[:, :16] for key, value in fed.items()},
-        importance,
-        pruning_ratio=SHARE,
-        ignored_layers=[module for path, module in linear if not path.endswith(writers)],
-        output_transform=lambda found: found.logits if hasattr(found, "logits") else found.last_hidden_state,
-    )
-    pruner.step()
-
-
 def size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def beside(name: str, rounds: int) -> bool:
+def beside(name: str, units: Units, rounds: int) -> bool:
     """Both prune fresh copies by turns; then base and both are run by turns."""
     model, fed = base(name)
     wanted = output(model, fed)
-    fresh = {who: [copy.deepcopy(model) for _ in range(rounds + 1)] for who in ("ours", "peer")}
+    changes: dict[str, Callable[[Any], object]] = {
+        "ours": lambda each: surgery.apply(surgery.parse(units.program), each),
+        "torch-pruning": lambda each: torch_pruning_peer.prune(each, fed, units),
+    }
+    fresh = {who: [copy.deepcopy(model) for _ in range(rounds + 1)] for who in changes}
     made: dict[str, Any] = {"base": model}
 
-    def prune(who: str, change: Callable[[Any], None]) -> None:
+    def prune(who: str) -> None:
         made[who] = fresh[who].pop()
-        change(made[who])
+        changes[who](made[who])
 
-    pruning = alternate(
-        {
-            "ours": lambda: prune("ours", ours),
-            "peer": lambda: prune("peer", lambda each: peer(each, fed, WRITERS[name])),
-        },
-        rounds,
-        warm=1,
-    )
-    table(f"{name}: to prune a quarter of the neurons", pruning, {("ours", "peer"): float("inf")})
-    forward = alternate({who: _runner(each, fed) for who, each in made.items()}, 3 * rounds)
-    table(f"{name}: forward of {TOKENS} tokens", forward, {})
-    print(f"\n| {name} | to prune | parameters left | output error | forward is faster by |")
+    what = f"{name}, {units.kind}"
+    pruning = alternate({who: partial(prune, who) for who in changes}, rounds, warm=1)
+    table(f"{what}: to prune {units.share:.0%} of them", pruning, {("ours", "torch-pruning"): float("inf")})
+    forward = alternate({who: partial(output, each, fed) for who, each in made.items()}, 3 * rounds)
+    table(f"{what}: forward of {TOKENS} tokens", forward, {})
+    print(f"\n| {what} | to prune | parameters left | output error | forward is faster by |")
     print("| --- | ---: | ---: | ---: | ---: |")
     errors = {who: relative_error(output(each, fed), wanted) for who, each in made.items()}
     for who, each in made.items():
         seconds = f"{statistics.median(pruning[who]):.1f} s" if who in pruning else ""
         faster = ratio(forward, "base", who)
         print(f"| {who} | {seconds} | {size(each):,} | {errors[who]:.4g} | {faster:.2f} |")
-    good = size(made["ours"]) <= size(made["peer"]) < size(model) and errors["ours"] <= errors["peer"] * (1 + 1e-3)
+    small = size(made["ours"]) <= size(made["torch-pruning"]) < size(model)
+    good = small and errors["ours"] <= errors["torch-pruning"] * (1 + 1e-3)
     print(f"as small, and no larger an error: {'ok' if good else 'NOT'}")
     return good
-
-
-def _runner(model: Any, fed: dict[str, Tensor]) -> Callable[[], object]:
-    return lambda: output(model, fed)
 
 
 def multiplications(model: Any, fed: dict[str, Tensor]) -> int:
@@ -156,7 +126,7 @@ def speed(rounds: int, width: int = 2048) -> bool:
     ids = torch.randint(3, 256, (1, TOKENS))
     fed = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     promised = multiplications(whole, fed) / multiplications(small, fed)
-    seconds = alternate({"whole": _runner(whole, fed), "half": _runner(small, fed)}, 3 * rounds)
+    seconds = alternate({"whole": partial(output, whole, fed), "half": partial(output, small, fed)}, 3 * rounds)
     table(f"forward of {TOKENS} tokens at width {width}", seconds, {})
     found = ratio(seconds, "whole", "half")
     good = found >= 0.9 * promised
@@ -169,12 +139,20 @@ def main(arguments: list[str] | None = None) -> bool:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="*", choices=[*WRITERS, "speed"], default=[*WRITERS, "speed"])
+    parser.add_argument("--only", nargs="*", choices=[*CASES, "speed"], default=[*CASES, "speed"])
+    kinds = [units.kind for units in CASES["smollm2"]]
+    parser.add_argument("--units", nargs="*", choices=kinds, default=kinds)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     keep_pages()
     warnings.simplefilter("ignore")
-    found = [beside(name, options.rounds) for name in WRITERS if name in options.only]
+    found = [
+        beside(name, units, options.rounds)
+        for name, cases in CASES.items()
+        if name in options.only
+        for units in cases
+        if units.kind in options.units
+    ]
     return all([*found, *([speed(options.rounds)] if "speed" in options.only else [])])
 
 

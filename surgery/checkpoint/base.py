@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from contextlib import suppress
@@ -17,8 +16,9 @@ from surgery.checkpoint.inventory import inventory
 from surgery.checkpoint.manifest import NAME, WITH_BASE, Base, Manifest
 from surgery.checkpoint.models import demo_directory, directory_of
 from surgery.checkpoint.source import Source
-from surgery.checkpoint.tensors import DIGEST, bytes_of, slot_of
+from surgery.checkpoint.tensors import slot_of
 from surgery.errors import CheckpointError
+from surgery.graph.digest import bytes_of, digest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -159,7 +159,7 @@ def digest_of(manifest: Manifest) -> str:
     lines = {
         f"{entry.key or name} {entry.digest}\n" for name, entry in manifest.tensors.items() if entry.file == WITH_BASE
     }
-    return hashlib.blake2b("".join(sorted(lines)).encode(), digest_size=DIGEST).hexdigest()
+    return digest("".join(sorted(lines)).encode())
 
 
 def _same(source: Source, key: str, tensor: Tensor) -> bool:

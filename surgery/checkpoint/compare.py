@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -16,8 +14,8 @@ from torch import Tensor
 from surgery.checkpoint.base import find, headers
 from surgery.checkpoint.header import WIDTHS, TensorInfo, check_checkpoint, read_header
 from surgery.checkpoint.manifest import ADDED, NAME, WITH_BASE, Manifest
-from surgery.checkpoint.tensors import DIGEST, DTYPES, Tell, silent
-from surgery.checkpoint.tensors import bytes_of as bytes_in
+from surgery.checkpoint.tensors import DTYPES, Tell, silent
+from surgery.graph.digest import bytes_of as bytes_in
 
 STRETCH = 2**22  # elements read at a time
 
@@ -51,11 +49,12 @@ class Difference:
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies. check: of one that lies with a base, takes its digest and refuses another than it had."""
+    """Where a tensor lies. manifest: of one that lies with a base, what holds it to its digest, by its `name` there."""
 
     path: Path
     info: TensorInfo
-    check: Callable[[str], object] | None = None
+    manifest: Manifest | None = None
+    name: str = ""
 
 
 def tensors_of(directory: Path, base: str | Path | None = None) -> dict[str, Stored]:
@@ -67,9 +66,7 @@ def tensors_of(directory: Path, base: str | Path | None = None) -> dict[str, Sto
     if manifest is not None and manifest.base is not None:
         names = {entry.key or name: name for name, entry in manifest.tensors.items() if entry.file == WITH_BASE}
         return {
-            info.name: Stored(
-                header.path, info, partial(manifest.check, names[info.name]) if file == WITH_BASE else None
-            )
+            info.name: Stored(header.path, info, *((manifest, names[info.name]) if file == WITH_BASE else ()))
             for file, header in headers(directory, manifest, find(directory, manifest, base))
             for info in header.tensors
         }
@@ -100,22 +97,22 @@ def _difference(name: str, old: Stored | None, new: Stored | None, tell: Tell) -
         tell(sum(side.info.stop - side.info.start for side in (old, new) if side is not None))
         return Difference(name, before, after)
     count = math.prod(old.info.shape)
-    hashes = [hashlib.blake2b(digest_size=DIGEST) for _ in (old, new)]
+    digests = [None if side.manifest is None else side.manifest.digest() for side in (old, new)]
     sums: dict[str, float] = dict.fromkeys(("changed", "norm", "error", "largest", "zero_before", "zero_after"), 0.0)
     numbers = True
     with old.path.open("rb") as one, new.path.open("rb") as other:
         for start in range(0, count, STRETCH):
             length = min(STRETCH, count - start)
             a, b = _read(one, old.info, start, length), _read(other, new.info, start, length)
-            for side, hashed, read in zip((old, new), hashes, (a, b), strict=True):
-                if side.check is not None:
-                    hashed.update(bytes_in(read))
+            for held, read in zip(digests, (a, b), strict=True):
+                if held is not None:
+                    held.update(bytes_in(read))
             tell(a.numel() * a.element_size() + b.numel() * b.element_size())
             numbers = numbers and a.dtype.is_floating_point and b.dtype.is_floating_point
             _add(sums, a, b, same_bits=old.info.dtype == new.info.dtype)
-    for side, hashed in zip((old, new), hashes, strict=True):
-        if side.check is not None:
-            side.check(hashed.hexdigest())
+    for side, held in zip((old, new), digests, strict=True):
+        if side.manifest is not None and held is not None:
+            side.manifest.check(side.name, held)
     count = max(count, 1)
     if not numbers:
         return Difference(name, before, after, sums["changed"] / count)

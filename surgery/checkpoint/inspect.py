@@ -73,7 +73,7 @@ def _base(directory: Path, manifest: Manifest, given: str | Path | None) -> dict
 
 def _files(tensors: Mapping[str, Stored]) -> list[dict[str, Any]]:
     files: dict[Path, list[TensorInfo]] = {}
-    for path, info, _ in tensors.values():
+    for path, info, *_ in tensors.values():
         files.setdefault(path, []).append(info)
     return [
         {

@@ -7,11 +7,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import CheckpointError
+from surgery.graph.digest import Digest, digest
 
-FORMAT = 2
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 3
+BLAKE2 = 2  # the last format with such digests
 NAME = "surgery.json"
 BASE, ADDED = "model.safetensors", "surgery.safetensors"
 WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")  # BASE, or the shards of its index
@@ -20,7 +25,7 @@ WITH_BASE = "base"  # what stands for the file of a tensor that lies where the b
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its file, digest (BLAKE2b, 128 bits, of the bytes in the file) and key there.
+    """One tensor: its file, digest (BLAKE3, 128 bits, of the bytes in the file) and key there.
 
     file: WITH_BASE where it lies in some file of the base. key: its name in the file where that differs from its name
     in the model.
@@ -82,15 +87,20 @@ class Manifest:
         data = {"format": data.pop("format"), **data}
         path.write_text(_by_lines(data) + "\n", "utf-8")
 
-    def check(self, name: str, digest: str) -> None:
+    def digest(self) -> Digest:
+        """An empty one, of the kind that this manifest has."""
+        return Digest(former=self.format <= BLAKE2)
+
+    def check(self, name: str, found: Tensor | Digest) -> None:
         """Errors: for a tensor with another digest than the one that was written, S412, or S448 one of the base."""
         entry = self.tensors[name]
-        if digest == entry.digest:
+        text = found.text if isinstance(found, Digest) else digest(found, former=self.format <= BLAKE2)
+        if text == entry.digest:
             return
         if entry.file == WITH_BASE:
             raise CheckpointError.of(
                 "S448",
-                f"the base has changed: {name} has digest {digest[:8]}, and had {entry.digest[:8]} when this was saved",
+                f"the base has changed: {name} has digest {text[:8]}, and had {entry.digest[:8]} when this was saved",
                 help="say where the one lies that it was: `--base DIR`, or surgery.load(path, base=DIR)",
             )
         raise CheckpointError.of(
@@ -116,7 +126,7 @@ class Manifest:
         if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
             raise CheckpointError.of(
                 "S441",
-                f"`{path}` has format {data['format']}; this version reads {FORMAT}",
+                f"`{path}` has format {data['format']}; this version reads up to {FORMAT}",
                 help="pip install -U model-surgery",
             )
         try:

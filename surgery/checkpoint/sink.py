@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.layout import FileLayout
-from surgery.checkpoint.tensors import DIGEST, Tell, bytes_of, silent
+from surgery.checkpoint.tensors import Tell, silent
+from surgery.graph.digest import Digest, bytes_of, digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,33 +59,35 @@ class Sink:
         """Write a tensor, in row-major order."""
         data = bytes_of(tensor)
         if self.wanted:
-            self.digests[name] = hashlib.blake2b(data, digest_size=DIGEST).hexdigest()
+            self.digests[name] = digest(data)
         self._write(name, data, 0)
 
-    def copy(self, name: str, source: Source, key: str) -> str:
-        """Write a tensor of a source as it lies there, never all of it in memory; gives its digest."""
-        hashed = hashlib.blake2b(digest_size=DIGEST)
+    def copy(self, name: str, source: Source, key: str, held: Digest | None = None) -> None:
+        """Write a tensor of a source as it lies there, never all of it in memory. held: takes its digest, too."""
+        mine = Digest() if self.wanted else None
         for at, data in source.stretches(key):
-            hashed.update(data)
+            for one in (mine, held):
+                if one is not None:
+                    one.update(data)
             self._write(name, data, at)
-        digest = hashed.hexdigest()
-        if self.wanted:
-            self.digests[name] = digest
-        return digest
+        if mine is not None:
+            self.digests[name] = mine.text
 
     def note(self, name: str, tensor: Tensor) -> None:
         """Take the digest of a tensor that lies elsewhere and is not written."""
         data = bytes_of(tensor)
-        self.digests[name] = hashlib.blake2b(data, digest_size=DIGEST).hexdigest()
+        self.digests[name] = digest(data)
         self.tell(len(data))
 
-    def note_copy(self, name: str, source: Source, key: str) -> None:
-        """As `note`, of a tensor of a source, never all of it in memory."""
-        hashed = hashlib.blake2b(digest_size=DIGEST)
+    def note_copy(self, name: str, source: Source, key: str, held: Digest | None = None) -> None:
+        """As `note`, of a tensor of a source, never all of it in memory. held: as of `copy`."""
+        mine = Digest()
         for _, data in source.stretches(key):
-            hashed.update(data)
+            for one in (mine, held):
+                if one is not None:
+                    one.update(data)
             self.tell(len(data))
-        self.digests[name] = hashed.hexdigest()
+        self.digests[name] = mine.text
 
     def sync(self) -> None:
         """Flush what was written to the disk."""

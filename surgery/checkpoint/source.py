@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,9 +9,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from surgery.checkpoint.header import Header, TensorInfo
-from surgery.checkpoint.tensors import DTYPES, bytes_of
+from surgery.checkpoint.tensors import DTYPES
 from surgery.errors import CheckpointError
 from surgery.graph import scratch
+from surgery.graph.digest import bytes_of, digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ class Source:
         for path, handle in sorted(self._open.items()):
             status = os.fstat(handle)
             begin = os.pread(handle, 8 + int.from_bytes(os.pread(handle, 8, 0), "little"), 0)
-            files.append([str(path), status.st_size, status.st_mtime_ns, hashlib.blake2b(begin).hexdigest()])
+            files.append([str(path), status.st_size, status.st_mtime_ns, digest(begin)])
         return {"source": files, "version": __version__}
 
     def __contains__(self, name: str) -> bool:

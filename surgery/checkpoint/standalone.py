@@ -76,12 +76,10 @@ class Completing:
 
     def do(self, unit: int, sink: Sink) -> list[str]:
         """Carry out one unit. Errors: as of `Manifest.check`."""
-        name = self.names[unit]
-        if self.manifest.tensors[name].file == WITH_BASE:
-            sink.copy(name, self.source, self._key(name))
-        else:
-            sink.note_copy(name, self.source, self._key(name))
-        self.manifest.check(name, sink.digests[name])
+        name, held = self.names[unit], self.manifest.digest()
+        take = sink.copy if self.manifest.tensors[name].file == WITH_BASE else sink.note_copy
+        take(name, self.source, self._key(name), held)
+        self.manifest.check(name, held)
         return [name]
 
     def _key(self, name: str) -> str:

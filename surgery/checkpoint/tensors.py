@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import torch
 from surgery.checkpoint.header import Header, TensorInfo
 from surgery.checkpoint.layout import Slot, layout
 from surgery.errors import CheckpointError
+from surgery.graph.digest import bytes_of, digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,18 +22,12 @@ NAMES: Mapping[torch.dtype, str] = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
-DIGEST = 16  # bytes
 
 Tell = Callable[[int], object]  # told the number of bytes done since the last time
 
 
 def silent(_: int) -> None:
     """Tell nobody."""
-
-
-def digest(tensor: Tensor) -> str:
-    """BLAKE2b (128 bits, hexadecimal) of a tensor's bytes in row-major order."""
-    return hashlib.blake2b(bytes_of(tensor), digest_size=DIGEST).hexdigest()
 
 
 def slot_of(name: str, tensor: Tensor, group: str = "") -> Slot:
@@ -55,7 +49,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], tell: Tell = silent) -> dic
         for slot in file.slots:
             data = bytes_of(tensors[slot.name])
             opened.write(data)
-            digests[slot.name] = hashlib.blake2b(data, digest_size=DIGEST).hexdigest()
+            digests[slot.name] = digest(data)
             tell(len(data))
     return digests
 
@@ -77,9 +71,3 @@ def _empty(path: Path, info: TensorInfo) -> Tensor:
     if info.dtype not in DTYPES:
         raise CheckpointError.of("S412", f"`{path}`: {info.name} has dtype {info.dtype}, which is not supported")
     return torch.empty(info.shape, dtype=DTYPES[info.dtype])
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's memory where it is contiguous on the CPU, a copy otherwise."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(bytearray())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from surgery.compiler.record import ATTRIBUTE
 from surgery.compiler.switch import RESTED, refuse_routed
 from surgery.errors import GraphError
 from surgery.graph import once
+from surgery.graph.digest import digest
 from surgery.graph.module import Rewritten, duplicate, rewritten
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -208,12 +208,6 @@ def unmerge(model: Model) -> Model:
         del model.__dict__[KEPT]
     once.install(model)
     return model
-
-
-def digest(tensor: Tensor) -> str:
-    """Of all its bytes."""
-    data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
 
 
 def _refuse_changed(model: nn.Module, last: Merge) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
+
+from surgery.graph.digest import digest
 
 WHOLE = 1 << 16
 """Tensors up to so many numbers are read whole, of larger ones as many are read, evenly spread."""
@@ -19,8 +19,7 @@ def fingerprint(tensor: Tensor) -> str:
     flat = tensor.detach().reshape(-1)
     if flat.numel() > WHOLE:
         flat = flat[:: flat.numel() // WHOLE]
-    data = flat.contiguous().cpu().view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.blake2b(data, digest_size=16).hexdigest()}"
+    return f"{tensor.dtype} {tuple(tensor.shape)} {digest(flat)}"
 
 
 def fingerprints(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, str]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.checkpoint.inventory import inventory
-from surgery.checkpoint.manifest import FORMAT, NAME
+from surgery.checkpoint.manifest import FORMAT
 from surgery.errors import CheckpointError
 from surgery.verify.bounds import relative_error
 from tests import zoo
@@ -279,21 +279,3 @@ def test_base_that_was_transformed_is_refused(out: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         surgery.load(out, model=model)
     assert caught.value.diagnostics[0].code == "S446"
-
-
-def test_a_directory_of_the_first_format(tmp_path: Path) -> None:
-    """Before a result could refer to its base: a copy of all tensors, and no word of a base."""
-    out = tmp_path / "out"
-    model = surgery.apply(surgery.parse("lora rank 2 on attn; quantize ffn nf4"), zoo.tiny("llama"))
-    surgery.save(model, out, standalone=True)
-    data = json.loads((out / NAME).read_text())
-    assert data.pop("format") == 2
-    assert data.pop("base") is None
-    (out / NAME).write_text(json.dumps({"format": 1, **data}))
-    loaded = surgery.load(out)
-    assert torch.equal(zoo.logits(loaded, zoo.inputs(model)), zoo.logits(model, zoo.inputs(model)))
-    assert surgery.verify(loaded)
-    surgery.save(loaded, tmp_path / "again", standalone=True)
-    assert json.loads((tmp_path / "again" / NAME).read_text())["format"] == 2
-    (out / NAME).write_text(json.dumps({"format": 1, **data, "tensors": {"x": {"file": "base", "digest": "0"}}}))
-    refused(out, "S440")  # what only the second format can say

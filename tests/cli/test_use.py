@@ -58,7 +58,7 @@ def test_broken_promise_is_exit_1(file: str, tensor: str, value: int, run: Run) 
     """Somebody wrote into a mask, or into what it masks: verify names the promise, and the status is 1."""
     from safetensors.torch import load_file, save_file
 
-    from surgery.checkpoint.tensors import digest
+    from surgery.graph.digest import digest
 
     Path("p").write_text("prune magnitude 50% on ffn in layers 0")
     assert run("apply", "p", "demo", "-o", "out").status == 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import Lock
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from surgery.graph.affine import Affine, NotAffine
 from surgery.graph.matrix import Stored
@@ -15,8 +17,11 @@ from surgery.graph.rounding import Rounding, measured, rounded
 TRACING = Lock()  # torch.fx writes code, and replaces functions of other modules while it traces
 
 
-def affine(site: nn.Module, facts: Facts | None) -> Affine:
-    """What a map computes in evaluation, as a matrix and an offset. NotAffine tells the reason when it cannot."""
+def affine(site: nn.Module, facts: Facts | None, forward: Callable[[Any], Any] | None = None) -> Affine:
+    """What a map computes in evaluation, as a matrix and an offset. NotAffine tells the reason when it cannot.
+
+    forward: what to run, unsaid its own code: what hooks add, such as an adapter after it, is not folded and stays.
+    """
     if facts is None:
         raise NotAffine("it is not a linear map or a lookup")
     wide = torch.float64 if facts.dtype == torch.float64 else torch.float32
@@ -26,8 +31,8 @@ def affine(site: nn.Module, facts: Facts | None) -> Affine:
     try:
         site.eval()
         with torch.no_grad():
-            # Its own code: what hooks add, such as an adapter after it, is not folded and stays.
-            value = site.forward(Affine(width, dtype=wide, one_hot=facts.lookup, device=device))
+            run = site.forward if forward is None else forward
+            value = run(Affine(width, dtype=wide, one_hot=facts.lookup, device=device))
     finally:
         site.train(training)
     if not isinstance(value, Affine):
@@ -75,14 +80,21 @@ def without_branches(site: Rewritten) -> Affine | None:
     """The map that the site's branches change; None where there are none that run."""
     if not site.branches() - site.off:
         return None
-    state = site.state
-    with TRACING:
-        site.switch({None})
-    try:
-        return affine(site, site.facts)
-    finally:
-        with TRACING:
-            site.route(*state)
+    return affine(site, site.facts, lambda value: _base(site, value))
+
+
+def _base(site: Rewritten, value: Any) -> Any:
+    """What the base alone makes of a value: of each joint its first argument, and nothing that only branches need."""
+    sources = {node: node.args[:1] if "joint" in node.meta else node.all_input_nodes for node in site.full.nodes}
+    needed = [site.full.output_node()]
+    for node in needed:
+        needed += [source for source in sources[node] if source not in needed]
+    run = fx.Interpreter(site, garbage_collect_values=False, graph=site.full)
+    run.args_iter = iter((value,))
+    for node in site.full.nodes:
+        if node in needed:
+            run.env[node] = run.env[node.args[0]] if "joint" in node.meta else run.run_node(node)
+    return run.env[needed[0]]
 
 
 def _undone(

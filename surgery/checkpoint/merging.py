@@ -17,8 +17,8 @@ from surgery.checkpoint.places import places
 from surgery.checkpoint.save import copy_tokenizer, write_config, write_manifest, write_tokenizer
 from surgery.checkpoint.sink import Sink
 from surgery.checkpoint.staging import resumed
-from surgery.checkpoint.tensors import Tell, digest, silent
-from surgery.checkpoint.work import work_through
+from surgery.checkpoint.tensors import Tell, silent
+from surgery.checkpoint.work import left_alone, work_through
 from surgery.compiler import Plan, merge, record_of
 from surgery.compiler.merge import named
 from surgery.compiler.some import fold_some
@@ -55,6 +55,7 @@ def merged_shapes(directory: Path, requantize: bool = False) -> nn.Module | None
     return merged
 
 
+@left_alone()
 def stream_merge(
     directory: Path,
     shapes: nn.Module,
@@ -136,7 +137,9 @@ class Merging:
                 wrote = [self.found.values(name, tensor) for name, tensor in made.items() if name in self.found.held]
                 return [key for values in wrote for key in sink.write(values)]
         for name in todo:
-            self.manifest.check(name, sink.copy(name, self.source, self._key(name)))
+            held = self.manifest.digest()
+            sink.copy(name, self.source, self._key(name), held)
+            self.manifest.check(name, held)
         return todo
 
     def _folded(self, path: str) -> tuple[dict[str, Tensor], dict[str, Rounding]]:
@@ -145,7 +148,7 @@ class Merging:
         held = [f"{path}.{name}" for store in (site.named_parameters(), site.named_buffers()) for name, _ in store]
         read = {name: self.source.read(self._key(name)) for name in held if name in self.manifest.tensors}
         for name, tensor in read.items():
-            self.manifest.check(name, digest(tensor))
+            self.manifest.check(name, tensor)
         with lent(self.model, read):
             told: dict[str, Rounding] = {}
             slots = self.slots[id(site)]

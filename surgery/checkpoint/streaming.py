@@ -19,7 +19,7 @@ from surgery.checkpoint.sink import Sink
 from surgery.checkpoint.source import Source
 from surgery.checkpoint.staging import resumed
 from surgery.checkpoint.tensors import DTYPES, Tell, silent
-from surgery.checkpoint.work import Make, return_pages, work_through
+from surgery.checkpoint.work import Make, left_alone, return_pages, work_through
 from surgery.compiler import required
 from surgery.compiler.apply import perform
 from surgery.compiler.record import parameters
@@ -66,6 +66,7 @@ def unlike(model: nn.Module, headers: Sequence[Header]) -> str | None:
     return None
 
 
+@left_alone()
 def stream(
     plan: Plan,
     directory: Path,

@@ -16,7 +16,7 @@ Writes = dict[tuple[fx.Node, fx.Node], list[fx.Node]]
 
 def dependencies(nodes: list[fx.Node]) -> tuple[Reads, Writes]:
     """What each node reads: operands, and what wrote into their memory before; the latter also by (node, operand)."""
-    base: dict[fx.Node, fx.Node] = {}
+    owner = owners(nodes)
     writers: dict[fx.Node, list[fx.Node]] = {}
     reads: Reads = {}
     writes: Writes = {}
@@ -24,27 +24,30 @@ def dependencies(nodes: list[fx.Node]) -> tuple[Reads, Writes]:
         operands = list(node.all_input_nodes)
         found = list(operands)
         for operand in operands:
-            earlier = [w for w in writers.get(base.get(operand, operand), ()) if w is not operand]
+            earlier = [w for w in writers.get(owner.get(operand, operand), ()) if w is not operand]
             if earlier:
                 writes[node, operand] = earlier
                 found += [writer for writer in earlier if writer not in found]
         reads[node] = found
-        aliased = viewed(node)
-        if aliased is not None:
-            base[node] = base.get(aliased, aliased)
-        for written in targets(node):
-            writers.setdefault(base.get(written, written), []).append(node)
+        for target in targets(node):
+            writers.setdefault(owner.get(target, target), []).append(node)
     return reads, writes
 
 
 def written(nodes: list[fx.Node]) -> frozenset[fx.Node]:
     """What is written into, by itself or through something that shares its memory."""
-    base: dict[fx.Node, fx.Node] = {}
+    owner = owners(nodes)
+    return frozenset(owner.get(target, target) for node in nodes for target in targets(node))
+
+
+def owners(nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Of every view, and every view of a view, whose memory it shares. nodes: in the order in which they run."""
+    owner: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         aliased = viewed(node)
         if aliased is not None:
-            base[node] = base.get(aliased, aliased)
-    return frozenset(base.get(each, each) for node in nodes for each in targets(node))
+            owner[node] = owner.get(aliased, aliased)
+    return owner
 
 
 def viewed(node: fx.Node) -> fx.Node | None:
@@ -67,10 +70,10 @@ def targets(node: fx.Node) -> list[fx.Node]:
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:
         return []
-    written = []
+    found = []
     for place, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             held = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
             if isinstance(held, fx.Node):
-                written.append(held)
-    return written
+                found.append(held)
+    return found

@@ -20,10 +20,18 @@ PROGRAMS = {
     "codes": "quantize base nf4 double; lora rank 3 dora on attn",
     "zeros": "prune magnitude 50% on ffn; ia3",
     "eight": "quantize base int8; prune magnitude 50% on ffn; lora rank 3 on attn",
+    "trained": "train ffn; lora rank 2 on ffn",
     "roles": "lora rank 2 on attn.q,v as one; lora rank 1 scale rs on attn.q + ffn as two",
 }
 FAMILIES = ("llama", "gpt2", "qwen2", "phi3", "bert", "t5")
-QUICK = [("lora", "gpt2"), ("codes", "llama"), ("zeros", "bert"), ("eight", "qwen2"), ("roles", "phi3")]
+QUICK = [
+    ("lora", "gpt2"),
+    ("codes", "llama"),
+    ("zeros", "bert"),
+    ("eight", "qwen2"),
+    ("trained", "t5"),
+    ("roles", "phi3"),
+]
 PAIRS = [(name, family) for name in PROGRAMS for family in FAMILIES]
 
 

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import surgery
 from surgery.errors import GraphError
 from surgery.graph.module import Rewritten
+from surgery.verify.bounds import merge_bound, relative_error
 from tests import zoo
+from tests.properties.case import bits, same
 
 FAMILIES = ("llama", "qwen2", "gemma", "phi3", "gpt2", "gpt_neox", "opt", "bert", "t5")
 
@@ -134,3 +137,54 @@ def test_parameters_are_what_was_added() -> None:
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert with_gradient == set(surgery.parameters(model))
     assert len(with_gradient) == 2 * sum(isinstance(m, Rewritten) for m in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_adapters_over_a_trained_base_merge_into_what_it_has_become(family: str, tmp_path: Path) -> None:
+    """merges, off_means_off, round_trip: both are stepped together; the sum is of the base as it is then."""
+    start = zoo.tiny(family).state_dict()
+    model = surgery.apply(surgery.parse("train ffn\nlora rank 2 alpha 6 on ffn"), zoo.tiny(family))
+    first, fed = bits(model), zoo.inputs(model)
+    optimizer = torch.optim.AdamW(surgery.parameters(model).values(), lr=0.02)
+    for _ in range(3):
+        model(**fed).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    held, wanted = bits(model), zoo.logits(model, fed)
+    assert not [name for name in surgery.parameters(model) if torch.equal(held[name], first[name])]
+
+    plain = zoo.tiny(family)
+    plain.load_state_dict({name: held[name] for name in start})
+    with surgery.disabled(model):
+        assert torch.equal(zoo.logits(model, fed), zoo.logits(plain, fed))
+    surgery.save(model, tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    moved = {name for name in start if not torch.equal(held[name], start[name])}
+    assert moved == set(surgery.parameters(model)) & start.keys()
+    assert all(torch.equal(saved[name], held[name]) for name in moved)
+    loaded = surgery.load(tmp_path / "out")
+    assert same(bits(loaded), held)
+
+    surgery.merge(model, keep=True)
+    after, largest, maps = bits(model), 0.0, {name[: -len("lora_A")] for name in held if name.endswith("lora_A")}
+    assert after.keys() == start.keys()
+    assert {f"{path}weight" for path in maps} == {name for name in moved if held[name].dim() > 1}
+    for path in maps:
+        weight = held.pop(f"{path}weight").double()
+        branch = 3 * held[f"{path}lora_B"].double() @ held[f"{path}lora_A"].double()
+        branch = branch.t() if family == "gpt2" else branch  # whose maps are stored (in, out)
+        assert relative_error(after[f"{path}weight"], weight + branch) <= merge_bound(torch.float32)
+        factors = held[f"{path}lora_B"].norm() * held[f"{path}lora_A"].norm()
+        largest = max(largest, 3 * float(factors / weight.norm()))
+    assert all(torch.equal(tensor, held[name]) for name, tensor in after.items() if name in held), (
+        "biases, and the rest"
+    )
+    bound = merge_bound(torch.float32, len(maps), largest)
+    assert bound < 0.01
+    assert relative_error(zoo.logits(model, fed), wanted) <= bound
+    assert relative_error(zoo.logits(plain, fed), wanted) > 10 * bound
+    assert same(bits(surgery.merge(loaded)), after)
+    loaded.save_pretrained(tmp_path / "merged")
+    assert same(bits(type(loaded).from_pretrained(tmp_path / "merged")), after)
+    surgery.unmerge(model)
+    assert torch.equal(zoo.logits(model, fed), wanted)

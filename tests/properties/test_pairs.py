@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surgery
+from surgery.errors import PromiseError
 from surgery.language.pairs import pair
 from surgery.language.pairs import statements as forms
 from surgery.language.program import Program
@@ -72,7 +73,8 @@ def test_all_pairs(verbs: tuple[str, str]) -> None:
 def test_all_pairs_of_forms_on_transformers_models(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both at once, one after the other, and saved and loaded: the same bits and the same outputs."""
+    """Both at once, and one after the other: the same bits and the same outputs. What a program requires and does not
+    find in its result is no word on the pair: texts in front of a model that has learnt nothing may cost perplexity."""
     monkeypatch.chdir(tmp_path)
     Path("examples.jsonl").write_text('{"input": "w5", "output": "w6", "text": "w5 w6 w7"}\n')
     base = zoo.tiny(family)
@@ -81,14 +83,20 @@ def test_all_pairs_of_forms_on_transformers_models(
     def transformed(program: Program, model: nn.Module | None = None) -> nn.Module | None:
         try:
             return surgery.apply(program, zoo.tiny(family) if model is None else model, tokenizer=tokenizer)
+        except PromiseError:
+            missed.append(program)
+            return None
         except surgery.SurgeryError:
             return None
 
+    missed: list[Program] = []
     fitting = [form for form in forms(TABLE) if transformed(Program((form,))) is not None]
     assert len(fitting) > len(TABLE) - 3
+    assert not missed
     for one, other in combinations(fitting, 2):
-        wanted = transformed(Program((one, other)))
-        assert (wanted is not None) == (pair(one, other).verdict == "+"), f"`{one}` and `{other}`"
+        wanted = transformed(both := Program((one, other)))
+        legal = wanted is not None or both in missed
+        assert legal == (pair(one, other).verdict == "+"), f"`{one}` and `{other}`"
         if wanted is None:
             continue
         again = transformed(Program((other,)), transformed(Program((one,))))

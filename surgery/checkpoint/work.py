@@ -23,7 +23,7 @@ from surgery.checkpoint.sink import Sink
 from surgery.errors import CheckpointError
 
 THREADS = 2  # units at a time: one computes while the other reads or writes
-PAUSE = 2.0  # seconds between two lines of the journal, at least
+PAUSE = 0.5  # seconds between two lines of the journal, at least
 
 
 class Worker(Protocol):

@@ -11,7 +11,9 @@ run.
 Limits: as many parameters as torch-pruning leaves, and no larger an error. `speed`: at width 2048 the model with half
 of its neurons is faster by at least 0.9 of what the multiplications that went promise.
 
-FIGURES
+Found with `--rounds 3`: as many parameters in all five cases, and the same error, for channels a smaller one; pruning
+takes 0.94, 0.39 and 1.57 of torch-pruning's time on SmolLM2 (neurons, heads, channels) and 9.3 and 7.5 of it on MiniLM
+(0.6 s); forwards are as fast as those that torch-pruning leaves; at width 2048 0.98 of the promise.
 """
 
 from __future__ import annotations

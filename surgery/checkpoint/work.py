@@ -76,6 +76,12 @@ def return_pages() -> None:
         ctypes.CDLL(None).mallopt(threshold, 1 << 20)
 
 
+def trim() -> None:
+    """Give back what lies free between other memory, too: else it grows with the number of tensors that went by."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def left_alone() -> Iterator[None]:
     """Inside, garbage is looked for in what is new: all that is there would stop every thread for half a second."""
@@ -135,7 +141,7 @@ def _serve(pipe: Connection, make: Make, directory: Path, wanted: bool, threads:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other end decides
     torch.set_num_threads(threads)
     return_pages()
-    worker, told = make(), list[int]()
+    worker, told, last = make(), list[int](), time.monotonic()
     with Sink(directory, worker.files, wanted=wanted, tell=told.append) as sink:
         while True:
             try:
@@ -149,6 +155,9 @@ def _serve(pipe: Connection, make: Make, directory: Path, wanted: bool, threads:
             except Exception as error:
                 pipe.send(error)
             told.clear()
+            if time.monotonic() - last > PAUSE:
+                trim()
+                last = time.monotonic()
 
 
 def _told(sink: Sink) -> tuple[dict[str, Any], ...]:
@@ -179,6 +188,7 @@ def _commit(done: Iterator[tuple[int, Sequence[str]]], sink: Sink, journal: Jour
         digests, late, notes = ({name: held[name] for name in names if name in held} for held in _told(sink))
         said = {name: value.decode() for name, value in late.items()}
         journal.add({"units": units, "digests": digests, "late": said, "notes": notes})
+        trim()
 
     for unit, wrote in done:
         units.append(unit)

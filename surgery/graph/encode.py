@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgery.graph.jit import jit
+
 TINY = np.float32(1e-38)  # bitsandbytes' stand-in for the scale of an empty block
 RUN = 1024  # blocks that one thread takes at a time
 _TURN = Lock()  # one of numba's thread pools must not be entered twice
 
 
-@numba.njit(cache=True, parallel=True)  # type: ignore[untyped-decorator]
+@jit(parallel=True)
 def _encode(bits: Any, half: bool, bounds: Any, order: Any, block: int, packed: Any, absmax: Any) -> None:
     """bits: of whole blocks of bfloat16 (half) or float32 values. packed, absmax: written."""
     plain = True

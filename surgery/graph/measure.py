@@ -8,16 +8,17 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from surgery.graph.jit import jit
 
 # Sums may be taken in any order, so that several are taken at once; what is no number stays none.
 _ANY_ORDER = {"reassoc", "nsz", "contract"}
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_ANY_ORDER)  # type: ignore[untyped-decorator]
+@jit(nogil=True, fastmath=_ANY_ORDER)
 def _measure(exact: Any, rounded: Any, base: Any, brain: bool, values: Any) -> tuple[int, int, float, float]:
     """exact: float32. rounded, base: bits of bfloat16 (brain), or of the dtype of which `values` has every value."""
     changed, left, effect, error = 0, 0, 0.0, 0.0

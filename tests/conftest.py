@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import pkgutil
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,15 @@ def _one_thread() -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _same_draws() -> None:
+    """Hypothesis draws constants of the modules that are loaded: all, or draws depend on which tests ran before."""
+    import surgery
+
+    for module in pkgutil.walk_packages(surgery.__path__, "surgery."):
+        importlib.import_module(module.name)
 
 
 @pytest.fixture(scope="session", autouse=True)

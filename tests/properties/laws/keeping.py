@@ -14,6 +14,7 @@ from torch import nn
 import surgery
 from surgery.graph.module import rewritten
 from surgery.language.program import Program
+from surgery.operations.lora import Lora
 from surgery.operations.prune import Prune
 from surgery.operations.quantize import Quantize
 from surgery.operations.sparse import Sparse
@@ -133,6 +134,10 @@ def programs_compose(case: Case) -> None:
         first, second = (Program(part, seed=seed) for part in (statements[:cut], statements[cut:]))
         if _has_nothing_to_do(first):
             continue
+        if (code := _lacks_what_follows(first)) is not None:
+            with pytest.raises(surgery.SurgeryError, match=code):
+                case.plan(first)
+            continue
         model = case.apply(first)
         with tempfile.TemporaryDirectory() as directory:
             surgery.save(model, Path(directory) / "out")
@@ -164,6 +169,16 @@ def _has_nothing_to_do(program: Program) -> bool:
     if any(each.phase == "schedule" for each in operations):
         return not trained
     return all(each.freezes for each in operations)
+
+
+def _lacks_what_follows(program: Program) -> str | None:
+    """The code by which it is refused without what comes later: the next adapter of a chain, or codes for `loftq`."""
+    operations = [statement.operation for statement in program.statements]
+    names = {statement.name for statement in program.statements}
+    if any(getattr(each, "then", None) not in {None, *names} for each in operations):
+        return "S110"
+    makes_up = any(isinstance(each, Lora) and each.start == "loftq" for each in operations)
+    return "S380" if makes_up and not any(isinstance(each, Quantize) for each in operations) else None
 
 
 def _comes_too_late(case: Case, program: Program, model: nn.Module) -> bool:

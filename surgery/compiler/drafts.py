@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from surgery.anatomy.parts import Part
 from surgery.compiler.plan import Step
 from surgery.graph.attention import AttentionDraft, AttentionSite
-from surgery.graph.draft import Draft
+from surgery.graph.draft import AnyDraft, Draft
 from surgery.graph.edge import EdgeDraft, EdgeSite
 from surgery.graph.module import CODES, Rewritten, standings
 from surgery.graph.site import Site
@@ -24,24 +24,6 @@ def ours(standing: Rewritten) -> dict[str, Any]:
     """Tensors and children that programs have put into a place, by name."""
     held = {**standing._parameters, **standing._buffers, **standing._modules}
     return {name: held[name] for name in (*standing.added, CODES) if name in held}
-
-
-class AnyDraft(Protocol):
-    """A place being rewritten. `finish` may fail and touches nothing of the model; `install` changes it.
-
-    standing: what an earlier program has put there. home: the path where its tensors will be.
-    """
-
-    path: str
-    root: nn.Module
-    standing: Rewritten | None
-
-    @property
-    def home(self) -> str: ...
-
-    def finish(self) -> Rewritten: ...
-
-    def install(self, model: nn.Module) -> Rewritten: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +52,7 @@ class Way:
     """
 
     family: str
-    draft: Callable[[Place], Any]
+    draft: Callable[[Place], AnyDraft[Any]]
     site: Callable[..., Site]
 
 
@@ -134,11 +116,11 @@ class Drafts:
 
     def __init__(self, model: nn.Module, hollow: bool, seed: int, anew: bool = False) -> None:
         self.model, self.hollow, self.seed, self.anew = model, hollow, seed, anew
-        self.made: dict[tuple[str, str], AnyDraft] = {}
+        self.made: dict[tuple[str, str], AnyDraft[Any]] = {}
         self.pool: dict[str, nn.Parameter] = {}
         self.slots = standings(model)
 
-    def __iter__(self) -> Iterator[AnyDraft]:
+    def __iter__(self) -> Iterator[AnyDraft[Any]]:
         """In the order in which they are installed: what hangs on a module after the module itself."""
         order = [MAP.family, *(way.family for way in WAYS.values())]
         return iter([self.made[key] for key in sorted(self.made, key=lambda key: order.index(key[1]))])
@@ -156,7 +138,7 @@ class Drafts:
         """Parameters that the places of a step have together."""
         return [tensor for key, tensor in self.pool.items() if key.startswith(f"{step.statement}\0")]
 
-    def _draft(self, part: Part) -> AnyDraft:
+    def _draft(self, part: Part) -> AnyDraft[Any]:
         way, key = way_of(part), place_of(part)
         if key not in self.made:
             module = self.model.get_submodule(part.path)

@@ -11,7 +11,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from surgery.anatomy.parts import Heads, Part
 from surgery.errors import GraphError
@@ -26,21 +26,23 @@ from surgery.graph.attention_math import (
     prepend_scores,
 )
 from surgery.graph.attention_places import prefixed_call_mask, prefixed_keywords, table_of_distances
+from surgery.graph.draft import AnyDraft
 from surgery.graph.entry import Shifting
-from surgery.graph.module import Rewritten, as_before, duplicate, numbers, take_base
+from surgery.graph.module import Rewritten, as_before, numbers, take_base
 from surgery.graph.site import Init, Site, seed_of, zeros
 
 Pool = MutableMapping[str, nn.Parameter]
 
 
-class AttentionDraft:
-    """An attention module being rewritten: the graph of its call and the tensors that this will hold.
+class AttentionDraft(AnyDraft[Rewritten]):
+    """An attention module being rewritten: the graph of its call.
 
     by_interface: the call is a child of the module; by_cache: what the module's cache gives goes through a child;
         otherwise the whole module is what is rewritten.
-    hollow: new tensors are shapes on the meta device. pool: parameters that several sites of one statement share.
-    anew: leave out what is there already, to be written again. standing: what is there.
+    pool: parameters that several sites of one statement share. anew: leave out what is there already.
     """
+
+    makes = Shifting
 
     def __init__(
         self,
@@ -50,21 +52,18 @@ class AttentionDraft:
         pool: Pool | None = None,
         anew: bool = False,
     ) -> None:
-        self.part, self.path, self.hollow, self.module = part, part.path, hollow, module
+        self.part, self.module = part, module
         self.pool: Pool = {} if pool is None else pool
-        self.root = nn.Module()
-        self.made: Shifting | None = None
-        self.added: list[str] = []
         apart = not isinstance(module, Rewritten)
         self.by_interface = apart and attention_interface.through_interface(module)
         self.by_cache = apart and not self.by_interface and attention_cache.through_cache(module)
         self.dtype, self.device = numbers(module) or (torch.get_default_dtype(), torch.device("cpu"))
         held = getattr(module, attention_interface.CHILD, None) if self.has_child else module
-        self.standing = held if isinstance(held, Rewritten) else None
+        super().__init__(part.path, hollow, held if isinstance(held, Rewritten) else None)
         if self.standing is not None and not anew:
-            self._continue(self.standing)
+            self.go_on(self.standing)
         elif self.by_interface:
-            self.original: nn.Module = nn.Module().train(module.training)
+            self.original = nn.Module().train(module.training)
             self.root.add_module("core", attention_interface.core(module, part.path))
             self.graph, marks = attention_interface.graph()
             self._mark(marks)
@@ -75,7 +74,7 @@ class AttentionDraft:
         else:
             module = module if self.standing is None else self.standing.original
             self.original = module
-            self._hold(module)
+            self.hold(module)
             self.graph = self._traced(module)
             for name, mode in self.graph.modes.items():  # type: ignore[attr-defined]
                 self.root.add_module(name, mode)
@@ -104,16 +103,6 @@ class AttentionDraft:
             reason = error.diagnostics[0].message.rpartition(": ")[2]
             raise attention_interface.out_of_reach(module, self.path, reason) or error from None
 
-    def _continue(self, held: Rewritten) -> None:
-        self.original, self.added = held.original, list(held.added)
-        self.graph = duplicate(held.full)
-        self._hold(held)
-
-    def _hold(self, module: nn.Module) -> None:
-        for store in ("_parameters", "_buffers", "_modules"):
-            self.root.__dict__[store] = dict(module.__dict__[store])
-        self.root._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
-
     def _mark(self, marks: dict[str, fx.Node]) -> None:
         for name, node in marks.items():
             node.meta.setdefault("landmarks", set()).add(name)
@@ -121,20 +110,6 @@ class AttentionDraft:
     def node(self, landmark: str) -> fx.Node | None:
         """The node with this meaning, such as `query`."""
         return next((node for node in self.graph.nodes if landmark in node.meta.get("landmarks", ())), None)
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor of the site by its name."""
-        value: Tensor = getattr(self.root, name)
-        return value
-
-    def finish(self) -> Rewritten:
-        """The module to install; nothing of the model is touched."""
-        if self.made is None:
-            self.graph.lint()
-            self.made = Shifting.build(self.root, self.graph, self.original, tuple(self.added))
-            if self.standing is not None:
-                self.made.follow(self.standing)
-        return self.made
 
     def install(self, model: nn.Module) -> Rewritten:
         """Put the rewritten call into the model."""
@@ -163,7 +138,7 @@ class AttentionSite(Site):
     def __init__(
         self, draft: AttentionDraft, part: Part, statement: str, name: str | None, verb: str, seed: int = 0
     ) -> None:
-        super().__init__(draft, part, statement, name, verb, seed)  # type: ignore[arg-type]
+        super().__init__(draft, part, statement, name, verb, seed)
         if part.heads is None:
             raise GraphError.of("S345", f"the number of heads of the attention at {part.path} is not known")
         self.heads: Heads = part.heads

@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 
 from surgery.anatomy.parts import Part
 from surgery.errors import GraphError
+from surgery.graph.draft import AnyDraft
 from surgery.graph.functions import add_branch
-from surgery.graph.module import Rewritten, duplicate, numbers
+from surgery.graph.module import Rewritten, numbers
 from surgery.graph.site import Site
 
 CHILD = "surgery_edge"
@@ -76,46 +77,26 @@ class Pass:
         )
 
 
-class EdgeDraft:
-    """An edge being rewritten: its graph and the tensors that it will hold.
+class EdgeDraft(AnyDraft[Edge]):
+    """An edge being rewritten. anew: leave out what hangs there already."""
 
-    hollow: new tensors are shapes on the meta device. anew: leave out what hangs there already.
-    standing: what hangs there, whose tensors a second program keeps.
-    """
+    makes = Edge
 
     def __init__(self, model: nn.Module, part: Part, hollow: bool = False, anew: bool = False) -> None:
-        self.part, self.path, self.hollow = part, part.path, hollow
-        self.made: Edge | None = None
-        self.root = nn.Module()
         module = model.get_submodule(part.path)
-        self.dtype, self.device = _like(model, part.path)
         held = module._modules.get(CHILD)
-        self.standing = held if isinstance(held, Edge) else None
-        if isinstance(held, Edge) and not anew:
-            self.original, self.added, self.graph = held.original, list(held.added), duplicate(held.full)
-            for store in ("_parameters", "_buffers", "_modules"):
-                self.root.__dict__[store] = dict(held.__dict__[store])
+        super().__init__(part.path, hollow, held if isinstance(held, Edge) else None)
+        self.part = part
+        self.dtype, self.device = _like(model, part.path)
+        if self.standing is not None and not anew:
+            self.go_on(self.standing)
         else:
-            self.original, self.added, self.graph = nn.Module().train(module.training), [], untouched()
+            self.original, self.graph = nn.Module().train(module.training), untouched()
 
     @property
     def home(self) -> str:
         """Where its tensors will be."""
         return f"{self.path}.{CHILD}".lstrip(".")
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor of the site by its name."""
-        value: Tensor = getattr(self.root, name)
-        return value
-
-    def finish(self) -> Edge:
-        """The module to install; nothing of the model is touched."""
-        if self.made is None:
-            self.graph.lint()
-            self.made = Edge.build(self.root, self.graph, self.original, tuple(self.added))
-            if self.standing is not None:
-                self.made.follow(self.standing)
-        return self.made
 
     def install(self, model: nn.Module) -> Edge:
         """Put the edge on the module that stands at its path now: after every draft of that module."""
@@ -129,11 +110,6 @@ class EdgeSite(Site):
     """One edge as one statement sees it."""
 
     draft: EdgeDraft  # type: ignore[assignment]
-
-    def __init__(
-        self, draft: EdgeDraft, part: Part, statement: str, name: str | None, verb: str, seed: int = 0
-    ) -> None:
-        super().__init__(draft, part, statement, name, verb, seed)  # type: ignore[arg-type]
 
     @property
     def width(self) -> int:

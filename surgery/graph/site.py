@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from surgery.anatomy.parts import Part
-from surgery.graph.draft import Draft
+from surgery.graph.draft import AnyDraft, Draft
 from surgery.graph.functions import add_branch, add_to_channels, rescale, rescale_channels, unpack_bits
 
 Init = Callable[[Tensor, torch.Generator], Any]
@@ -50,10 +50,14 @@ class Site:
     kept: tensors and children that the statement put there before, by full name; they are taken instead of new ones.
     """
 
+    draft: Draft
     kept: Mapping[str, Any] = MappingProxyType({})
 
-    def __init__(self, draft: Draft, part: Part, statement: str, name: str | None, verb: str, seed: int = 0) -> None:
-        self.draft, self.part, self.statement, self.verb, self.seed = draft, part, statement, verb, seed
+    def __init__(
+        self, draft: AnyDraft[Any], part: Part, statement: str, name: str | None, verb: str, seed: int = 0
+    ) -> None:
+        self.draft = draft  # type: ignore[assignment]  # of the kind that the class says
+        self.part, self.statement, self.verb, self.seed = part, statement, verb, seed
         self.name, self._given = name or "default", name
 
     @property

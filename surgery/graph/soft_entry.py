@@ -12,10 +12,10 @@ from surgery.anatomy.parts import Anatomy, Part
 from surgery.errors import GraphError
 from surgery.graph import soft, soft_loss
 from surgery.graph.attention import AttentionSite
+from surgery.graph.draft import AnyDraft
 from surgery.graph.insertion import Insertion
 from surgery.graph.insertion import remove as remove_insertions
 from surgery.graph.insertion_entrance import Entrance
-from surgery.graph.module import duplicate
 from surgery.graph.settle import Settling
 from surgery.graph.site import Site
 
@@ -47,29 +47,25 @@ class SoftEntry(Settling):
             object.__setattr__(self, name, value)
 
 
-class EntryDraft:
-    """An entry being rewritten. hollow: new tensors are shapes on the meta device. anew: without what stands there."""
+class EntryDraft(AnyDraft[SoftEntry]):
+    """An entry being rewritten. anew: leave out what stands there already."""
+
+    makes = SoftEntry
 
     def __init__(self, model: nn.Module, part: Part, hollow: bool = False, anew: bool = False) -> None:
-        self.part, self.path, self.hollow = part, part.path, hollow
-        self.module = model.get_submodule(part.path)
-        self.root, self.added = nn.Module(), list[str]()
-        self.made: SoftEntry | None = None
+        self.part, self.module = part, model.get_submodule(part.path)
+        held = self.module._modules.get(soft.CHILD)
+        super().__init__(part.path, hollow, held if isinstance(held, SoftEntry) else None)
         assert part.input is not None
         lookup = model.get_submodule(part.input)
         table = next(lookup.parameters())
         facts = getattr(lookup, "facts", None)
         self.dtype: torch.dtype = table.dtype if facts is None else facts.dtype
         self.device = table.device
-        held = self.module._modules.get(soft.CHILD)
-        self.standing = held if isinstance(held, SoftEntry) else None
-        self.original = nn.Module().train(self.module.training)
         if self.standing is not None and not anew:
-            self.graph, self.added = duplicate(self.standing.full), list(self.standing.added)
-            for store in ("_parameters", "_buffers", "_modules"):
-                self.root.__dict__[store] = dict(self.standing.__dict__[store])
+            self.go_on(self.standing)
         else:
-            self.graph = fx.Graph()
+            self.original, self.graph = nn.Module().train(self.module.training), fx.Graph()
             self.graph.output(self.graph.call_function(soft.nothing))
         self.root.register_buffer("like", torch.empty(0, dtype=self.dtype, device=self.device), persistent=False)
 
@@ -78,19 +74,11 @@ class EntryDraft:
         """Where its tensors will be."""
         return f"{self.path}.{soft.CHILD}".lstrip(".")
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor of the entry by its name."""
-        value: Tensor = getattr(self.root, name)
-        return value
-
-    def finish(self) -> SoftEntry:
-        """The module to install; nothing of the model is touched."""
-        if self.made is None:
-            self.graph.lint()
-            self.made = SoftEntry.build(self.root, self.graph, self.original, tuple(self.added))
-            assert self.part.input is not None
-            self.made.about(self.part.role, self.part.stack or "", self.part.input, self.part.shape)
-        return self.made
+    def build(self) -> SoftEntry:
+        """With what it is the entry of."""
+        made: SoftEntry = super().build()  # type: ignore[assignment]
+        made.about(self.part.role, self.part.stack or "", str(self.part.input), self.part.shape)
+        return made
 
     def install(self, model: nn.Module) -> SoftEntry:
         """Put it into the model. The hooks come last of all, with `install` of this file."""

@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 
 from surgery.anatomy.parts import Part
 from surgery.errors import GraphError
-from surgery.graph.module import Rewritten, duplicate, without
+from surgery.graph.draft import AnyDraft
+from surgery.graph.module import Rewritten, without
 from surgery.graph.site import Site
 
 CHILD = "surgery_experts"
@@ -47,36 +48,25 @@ def add_stacked(
         return sum_ if channels is None else torch.index_copy(weight, dim, channels, sum_)
 
 
-class StackDraft:
-    """The stacked weights of one module being rewritten.
+class StackDraft(AnyDraft[Stacks]):
+    """The stacked weights of one module being rewritten. anew: leave out what is there already."""
 
-    hollow: new tensors are shapes on the meta device. anew: leave out what is there already. standing: what is there.
-    """
+    makes = Stacks
 
     def __init__(self, module: nn.Module, part: Part, hollow: bool = False, anew: bool = False) -> None:
-        self.module, self.path, self.hollow = module, part.path, hollow
-        self.made: Stacks | None = None
-        self.root = nn.Module()
         held = module._modules.get(CHILD)
-        self.standing = held if isinstance(held, Stacks) else None
-        if isinstance(held, Stacks) and not anew:
-            self.original, self.added, self.graph = held.original, list(held.added), duplicate(held.full)
-            for store in ("_parameters", "_buffers", "_modules"):
-                self.root.__dict__[store] = dict(held.__dict__[store])
-            self.root._non_persistent_buffers_set = set(held._non_persistent_buffers_set)
+        super().__init__(part.path, hollow, held if isinstance(held, Stacks) else None)
+        self.module = module
+        if self.standing is not None and not anew:
+            self.go_on(self.standing)
         else:
-            self.original, self.added, self.graph = nn.Module().train(module.training), [], fx.Graph()
+            self.original, self.graph = nn.Module().train(module.training), fx.Graph()
             self.graph.output(())
 
     @property
     def home(self) -> str:
         """Where its tensors will be."""
         return f"{self.path}.{CHILD}".lstrip(".")
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor of the site by its name."""
-        value: Tensor = getattr(self.root, name)
-        return value
 
     def stored(self, name: str) -> Tensor:
         """The module's own tensor."""
@@ -102,15 +92,6 @@ class StackDraft:
         end.args = ((*values, new),)
         return new
 
-    def finish(self) -> Stacks:
-        """The child to install; nothing of the model is touched."""
-        if self.made is None:
-            self.graph.lint()
-            self.made = Stacks.build(self.root, self.graph, self.original, tuple(self.added))
-            if self.standing is not None:
-                self.made.follow(self.standing)
-        return self.made
-
     def install(self, model: nn.Module) -> Stacks:
         """Let the module at the path read through the graph."""
         made = self.finish()
@@ -122,11 +103,6 @@ class StackSite(Site):
     """One stack, or some output channels of each of its matrices, as one statement sees it."""
 
     draft: StackDraft  # type: ignore[assignment]
-
-    def __init__(
-        self, draft: StackDraft, part: Part, statement: str, name: str | None, verb: str, seed: int = 0
-    ) -> None:
-        super().__init__(draft, part, statement, name, verb, seed)  # type: ignore[arg-type]
 
     def full_name(self, name: str) -> str:
         """With the stack's name in it: one child holds what belongs to all stacks of its module."""

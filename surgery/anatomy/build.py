@@ -12,6 +12,7 @@ from surgery.anatomy.edges import Edges
 from surgery.anatomy.lookups import embeddings, norms
 from surgery.anatomy.mutation import written
 from surgery.anatomy.parts import Anatomy, Part, Stack
+from surgery.anatomy.paths import common, moved, within
 from surgery.anatomy.products import Product
 from surgery.anatomy.roles import Roles
 from surgery.anatomy.stacks import Place
@@ -83,7 +84,7 @@ class Draft:
             if family in ("ffn", "attn", "cross"):
                 groups.setdefault((family, place), []).append((order, part.path))
         for (family, _), members in groups.items():
-            path = common(path for _, path in members)
+            path = common(*(path for _, path in members))
             where = self.lists.place(path)
             inside = where is not None and path.rpartition(".")[0] not in self.lists.members
             if inside and path not in {path_ for _, path_ in members if family == "ffn"} - {path}:
@@ -106,9 +107,9 @@ class Draft:
         copies = sorted(self.trace.shadow.copies.items(), key=lambda item: -item[0].count("."))
         parts = list(self.parts)
         for representative, others in copies:
-            inside = [(order, p) for order, p in parts if f"{p.path}.".startswith(f"{representative}.")]
+            inside = [(order, p) for order, p in parts if within(p.path, representative)]
             for other in others:
-                parts += [(order, moved(p, representative, other)) for order, p in inside]
+                parts += [(order, moved_part(p, representative, other)) for order, p in inside]
         return parts
 
     def stacks(self, parts: list[tuple[int, Part]]) -> dict[str, Stack]:
@@ -167,12 +168,10 @@ class Draft:
         return replace(part, tied=tuple(others)) if others else part
 
 
-def moved(part: Part, representative: str, other: str) -> Part:
+def moved_part(part: Part, representative: str, other: str) -> Part:
     """A part of one layer as it is in another layer like it."""
-    taken = part.input
-    if taken is not None and f"{taken}.".startswith(f"{representative}."):
-        taken = other + taken[len(representative) :]
-    return replace(part, path=other + part.path[len(representative) :], input=taken)
+    taken = None if part.input is None else moved(part.input, representative, other)
+    return replace(part, path=moved(part.path, representative, other), input=taken)
 
 
 def described(role: str, product: Product, channels: torch.Tensor | None) -> Part:
@@ -198,17 +197,6 @@ def runs(mask: torch.Tensor | None, product: Product) -> tuple[tuple[int, int], 
     padded = torch.nn.functional.pad(mask.int(), (1, 1))
     edges = (padded[1:] - padded[:-1]).nonzero().flatten().tolist()
     return tuple((edges[i] + offset, edges[i + 1] + offset) for i in range(0, len(edges), 2))
-
-
-def common(paths: Iterable[str]) -> str:
-    """The innermost module that contains all of these (one of them may be it)."""
-    split = [path.split(".") for path in paths]
-    shared = []
-    for names in zip(*split, strict=False):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
-    return ".".join(shared)
 
 
 def unique(parts: Iterable[Part]) -> list[Part]:

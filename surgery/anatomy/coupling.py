@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from surgery.anatomy.flow import Call
 from surgery.anatomy.groups import Axis, Group, Kind, joined
+from surgery.anatomy.paths import moved, within
 from surgery.anatomy.probe import Unknown, shape_of
 from surgery.anatomy.products import Product
 from surgery.anatomy.products import stored as stored_behind
@@ -34,10 +35,10 @@ class Coupling:
         """
         found = list(self.neurons() if kind == "neurons" else self.heads())
         for representative, others in sorted(self.trace.shadow.copies.items(), key=lambda item: -item[0].count(".")):
-            inside = [each for each in found if f"{each.places[0]}.".startswith(f"{representative}.")]
+            inside = [each for each in found if within(each.places[0], representative)]
             found += [each.moved(representative, other) for other in others for each in inside]
-            for path in [path for path in self.refused if f"{path}.".startswith(f"{representative}.")]:
-                self.refused |= {other + path[len(representative) :]: self.refused[path] for other in others}
+            for path in [path for path in self.refused if within(path, representative)]:
+                self.refused |= {moved(path, representative, other): self.refused[path] for other in others}
         try:
             return joined(found)
         except ValueError as error:

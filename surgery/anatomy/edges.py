@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from surgery.anatomy.flow import Flow
+from surgery.anatomy.paths import within
 from surgery.anatomy.probe import Unknown, shape_of
 from surgery.anatomy.products import Product, operator_name
 from surgery.anatomy.roles import Roles
@@ -201,8 +202,3 @@ def alike(one: fx.Node, other: fx.Node) -> bool:
     except Unknown:
         return False
     return a[-1:] == b[-1:] and math.prod(a) == math.prod(b)
-
-
-def within(path: str, outer: str) -> bool:
-    """Whether a module is another one or inside it."""
-    return path == outer or path.startswith(f"{outer}.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from surgery.anatomy.parts import Anatomy, Part, Stack
+from surgery.anatomy.paths import common, depth
 
 ROLE = "entry"
 FRONT, INSIDE, CALL = f"{ROLE}.front", f"{ROLE}.rows", f"{ROLE}.attn"
@@ -59,23 +59,6 @@ def callable_at(model: nn.Module, path: str) -> str:
     while path and isinstance(model.get_submodule(path), (nn.ModuleList, nn.ModuleDict)):
         path = path.rpartition(".")[0]
     return path
-
-
-def common(path: str, other: str) -> str:
-    """Path of the innermost module that holds both."""
-    return ".".join(_shared(path.split("."), other.split(".")))
-
-
-def _shared(one: list[str], other: list[str]) -> Iterator[str]:
-    for mine, yours in zip(one, other, strict=False):
-        if mine != yours:
-            return
-        yield mine
-
-
-def depth(path: str) -> int:
-    """How many modules down a path leads."""
-    return len(path.split(".")) if path else 0
 
 
 def without_attention(anatomy: Anatomy, path: str) -> str | None:

@@ -7,6 +7,8 @@ from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from surgery.anatomy.paths import moved
+
 Kind = Literal["neurons", "heads", "channels"]
 TABLES = ("readers", "writers", "shared")
 
@@ -116,9 +118,9 @@ class Group:
         """The same group of a layer like this one."""
         tables = (self.readers, self.writers, self.shared)
         readers, writers, shared = (
-            tuple(replace(axis, path=_moved(axis.path, before, after)) for axis in table) for table in tables
+            tuple(replace(axis, path=moved(axis.path, before, after)) for axis in table) for table in tables
         )
-        norms = tuple(replace(norm, path=_moved(norm.path, before, after)) for norm in self.norms)
+        norms = tuple(replace(norm, path=moved(norm.path, before, after)) for norm in self.norms)
         return replace(self, readers=readers, writers=writers, shared=shared, norms=norms)
 
     def to_json(self) -> dict[str, Any]:
@@ -170,10 +172,6 @@ def _one(first: Group, second: Group) -> Group:
     readers, writers, shared = tables
     norms = tuple(dict.fromkeys((*first.norms, *second.norms)))
     return Group(first.kind, first.count, readers, writers, shared, first.of, norms)
-
-
-def _moved(path: str, before: str, after: str) -> str:
-    return after + path[len(before) :] if f"{path}.".startswith(f"{before}.") else path
 
 
 def _runs(units: Sequence[int]) -> Iterable[Run]:

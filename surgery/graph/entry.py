@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.anatomy.parts import Part
+from surgery.anatomy.paths import within
 from surgery.errors import PlanError
 from surgery.graph.hooks import drop
 from surgery.graph.module import Rewritten
@@ -154,7 +155,7 @@ def points(model: nn.Module, parts: Iterable[Part]) -> tuple[Point, ...]:
 def _entries(model: nn.Module, attention: set[str], served: set[str]) -> Iterator[Point]:
     """Where positions are read in no module of their own: the innermost modules that take them for several layers."""
     for path in _counting(model, attention):
-        if not any(_within(each, path) or _within(path, each) for each in served):
+        if not any(within(each, path) or within(path, each) for each in served):
             yield Point(path, "entry", path, _argument(model.get_submodule(path)))
 
 
@@ -174,7 +175,7 @@ def _above(path: str) -> Iterator[str]:
 
 def _table(model: nn.Module, path: str, rows: int, attention: set[str]) -> Point | None:
     """The point of a learned table; None for a table inside an attention, which holds distances and not positions."""
-    if any(_within(path, each) for each in attention):
+    if any(within(path, each) for each in attention):
         return None
     module: Any = model.get_submodule(path)
     original = module.original if isinstance(module, Rewritten) else module
@@ -190,13 +191,9 @@ def _argument(module: nn.Module) -> str:
 
 def _scope(path: str, attention: set[str]) -> str:
     """The nearest module above a path that holds attention."""
-    while path and not any(_within(each, path) for each in attention):
+    while path and not any(within(each, path) for each in attention):
         path = path.rpartition(".")[0]
     return path
-
-
-def _within(path: str, above: str) -> bool:
-    return above == "" or path == above or path.startswith(above + ".")
 
 
 def check(model: nn.Module, parts: Iterable[Part], lengths: Mapping[str, int]) -> tuple[str, ...]:
@@ -207,7 +204,7 @@ def check(model: nn.Module, parts: Iterable[Part], lengths: Mapping[str, int]) -
     warnings = []
     found = points(model, parts)
     for point in found:
-        most = max((n for path, n in lengths.items() if _within(path, point.scope)), default=0)
+        most = max((n for path, n in lengths.items() if within(path, point.scope)), default=0)
         if point.rows is not None and most >= point.rows:
             raise PlanError.of(
                 "S346",
@@ -218,7 +215,7 @@ def check(model: nn.Module, parts: Iterable[Part], lengths: Mapping[str, int]) -
             warnings.append(
                 f"sequences may have {point.rows - most} tokens at most, {point.rows} before ({point.path})"
             )
-    if any(n and not any(_within(path, point.scope) for point in found) for path, n in lengths.items()):
+    if any(n and not any(within(path, point.scope) for point in found) for path, n in lengths.items()):
         warnings.append("positions are not shifted: no module of the model takes them (or they are distances anyway)")
     return tuple(warnings)
 
@@ -232,14 +229,14 @@ def install(model: nn.Module, parts: Iterable[Part]) -> None:
         module, amounts = model.get_submodule(path), Amounts()
         names = tuple(inspect.signature(module.forward).parameters)
         for place, site in sites.items():
-            if site.lengths() and _within(place, path):
+            if site.lengths() and within(place, path):
                 site.inform(place, amounts)
         if amounts.of and "attention_mask" in names:
             module.register_forward_pre_hook(FromMask(_argument(module), amounts, names), with_kwargs=True)
     for point in points(model, parts):
         amounts = Amounts()
         for path, module in sites.items():
-            if module.lengths() and _within(path, point.scope):
+            if module.lengths() and within(path, point.scope):
                 module.inform(path, amounts)
         if amounts.of:
             target = model.get_submodule(point.path)

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from surgery.anatomy.entries import callable_at
 from surgery.anatomy.parts import Anatomy, Part, Stack
+from surgery.anatomy.paths import common, within
 from surgery.anatomy.stacks import layers_of
 from surgery.errors import PlanError
 
@@ -40,7 +42,7 @@ class Entrance:
     @classmethod
     def find(cls, model: nn.Module, anatomy: Anatomy, stack: Stack) -> Entrance:
         """The entrance of a bidirectional stack. PlanError S394 where no lookup gives word embeddings for it."""
-        owner = _callable(model, stack.path.rpartition(".")[0])
+        owner = callable_at(model, stack.path.rpartition(".")[0])
         found = [part for part in anatomy.parts if part.role == "embed" and part.kind == "lookup"]
         if not found:
             raise PlanError.of(
@@ -48,9 +50,9 @@ class Entrance:
                 f"no rows can be put in front of the tokens of {stack.path}: no lookup of word embeddings is known",
                 help="soft prompts need a model that takes token numbers",
             )
-        shared = {part.path: _common(part.path, owner) for part in found}
+        shared = {part.path: common(part.path, owner) for part in found}
         part = max(found, key=lambda part: (len(shared[part.path].split(".")) if shared[part.path] else 0, part.shape))
-        root = _callable(model, shared[part.path])
+        root = callable_at(model, shared[part.path])
         leave = owner
         single = any(p.role == "layer" and p.stack == stack.name for p in anatomy.parts)
         if owner == root and single:
@@ -83,23 +85,6 @@ class Entrance:
         return (f"sequences may have {self.room - n} tokens at most, {self.room} before ({self.root or 'the model'})",)
 
 
-def _callable(model: nn.Module, path: str) -> str:
-    """The innermost module at or above a path that is called, which lists are not."""
-    while path and isinstance(model.get_submodule(path), (nn.ModuleList, nn.ModuleDict)):
-        path = path.rpartition(".")[0]
-    return path
-
-
-def _common(path: str, other: str) -> str:
-    """Path of the innermost module that holds both."""
-    shared = []
-    for one, two in zip(path.split("."), other.split("."), strict=False):
-        if one != two:
-            break
-        shared.append(one)
-    return ".".join(shared)
-
-
 def _readers(model: nn.Module, root: str) -> Iterator[str]:
     """The outermost modules beside the encoder that take its output and a mask for it."""
 
@@ -107,7 +92,7 @@ def _readers(model: nn.Module, root: str) -> Iterator[str]:
         if path == root:
             return
         names = inspect.signature(module.forward).parameters
-        if not _within(root, path) and any(n in names for n in STATES):
+        if not within(root, path) and any(n in names for n in STATES):
             yield path
             return
         for name, child in module.named_children():
@@ -123,7 +108,7 @@ def _room(model: nn.Module, anatomy: Anatomy, root: str, owner: str, width: int)
     known = {value for name, value in settings.items() if "position" in name and type(value) is int}
     for part in anatomy.parts:
         # Tables of distances stand with the layers, or have a number for each head.
-        beside = _within(part.path, root) and (owner == root or not _within(part.path, owner))
+        beside = within(part.path, root) and (owner == root or not within(part.path, owner))
         if part.role == "position" and part.stack is None and beside and part.shape[1] == width:
             table: Any = model.get_submodule(part.path)
             padding = getattr(table, "padding_idx", None)
@@ -131,10 +116,6 @@ def _room(model: nn.Module, anatomy: Anatomy, root: str, owner: str, width: int)
             if not known or known & {room, part.shape[0]}:
                 return room
     return None
-
-
-def _within(path: str, above: str) -> bool:
-    return above == "" or path == above or path.startswith(f"{above}.")
 
 
 def ordinary(model: nn.Module, part: Part) -> int:

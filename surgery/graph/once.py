@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery.anatomy.build import common
 from surgery.anatomy.entries import callable_at
+from surgery.anatomy.paths import common
 from surgery.graph.hooks import drop
 from surgery.graph.module import Rewritten
 
@@ -75,7 +75,7 @@ def install(model: nn.Module) -> None:
             sharing.setdefault(id(module.get_parameter(name)), []).append((path, module, name))
     for places in sharing.values():
         if len(places) > 1:
-            above = model.get_submodule(callable_at(model, common(path for path, *_ in places)))
+            above = model.get_submodule(callable_at(model, common(*(path for path, *_ in places))))
             _, holder, name = places[0]
             above.register_forward_pre_hook(Opens(holder, name))
             above.register_forward_hook(Closes(holder, name), always_call=True)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from surgery.anatomy.parts import Anatomy, Stack
+from surgery.anatomy.paths import moved, within
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Shaping:
     def standing(self, path: str) -> str:
         """Where a module of the given model stands now, its layers counted as they were."""
         for before, now in self.moved.items():
-            if path == before or path.startswith(f"{before}."):
-                return now + path[len(before) :]
+            if within(path, before):
+                return moved(path, before, now)
         return path
 
     def beyond_configuration(self, reason: str) -> None:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from surgery.anatomy.groups import Group
 from surgery.anatomy.inputs import example
+from surgery.anatomy.paths import common, outward, within
 from surgery.anatomy.shadow import shadow
 from surgery.anatomy.stacks import Lists
 from surgery.anatomy.streams import literals
@@ -116,9 +117,9 @@ def _candidates(model: nn.Module, cut: Cut, lists: Lists) -> tuple[dict[Key, Can
     for path in (*cut_at, *(norm.path for norm in cut.group.norms)):
         by_place.setdefault(lists.place(path), []).append(path)
     for paths in by_place.values():
-        top = _common(paths)
-        inside = {outer for path in paths for outer in _outer(path)}
-        around = {top} | {outer for outer in inside if not top or f"{outer}.".startswith(f"{top}.")}
+        top = common(*(path.rpartition(".")[0] for path in paths))
+        inside = {outer for path in paths for outer in outward(path)}
+        around = {top} | {outer for outer in inside if within(outer, top)}
         for path in sorted(around):
             module = model.get_submodule(path)
             if type(module) in STATED or (isinstance(module, NORMS) and module._parameters.get("weight") is not None):
@@ -299,21 +300,3 @@ def _same(group: Group, cut: Cut) -> bool:
             if any(want not in (-1, unit) for want, unit in zip(wanted, units, strict=True)):
                 return False
     return True
-
-
-def _outer(path: str) -> Iterator[str]:
-    """A path and those of the modules around it."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-
-
-def _common(paths: Sequence[str]) -> str:
-    """The innermost module around what is cut; the one that holds it where that is one projection."""
-    split = [path.split(".")[:-1] for path in paths]
-    shared = []
-    for names in zip(*split, strict=False):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
-    return ".".join(shared)

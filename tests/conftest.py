@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import pkgutil
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 _COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -55,6 +57,16 @@ def _same_draws() -> None:
 
     for module in pkgutil.walk_packages(surgery.__path__, "surgery."):
         importlib.import_module(module.name)
+
+
+@pytest.fixture(autouse=True)
+def _no_module_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A module that a test wrote and loaded is forgotten after it: by other tests, and by Hypothesis."""
+    before, written = len(sys.modules), str(tmp_path_factory.getbasetemp())
+    yield
+    for name, module in list(sys.modules.items())[before:]:
+        if str(getattr(module, "__file__", "")).startswith(written):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -101,7 +101,7 @@ def find(directory: Path, manifest: Manifest, given: str | Path | None = None) -
         return directory_of(str(given or said.path))
     places = [Path(said.path), *([directory.resolve() / said.relative] if said.relative else [])]
     for place in places:
-        with suppress(CheckpointError):
+        with suppress(CheckpointError, OSError):  # no permission, say
             if place.is_dir() and checkpoint_files(place):
                 return place
     raise CheckpointError.of(
@@ -114,28 +114,35 @@ def find(directory: Path, manifest: Manifest, given: str | Path | None = None) -
 def headers(directory: Path, manifest: Manifest, base: Path | None) -> list[tuple[str, Header]]:
     """Of every file that a result's tensors lie in, holding just those, with what the manifest calls the file.
 
-    base: of `find`. Errors: S410 to S414 the files, S442 tensors are missing or too many, S448 of the base.
+    base: of `find`. Errors: S410 to S414 the files, S442 tensors are missing or too many, S448 of the base; those of
+    `Manifest.check_form`.
     """
-    wanted: dict[str, set[str]] = {}
+    wanted: dict[str, dict[str, str]] = {}  # by file, the name in the model of every name there
     for name, entry in manifest.tensors.items():
-        wanted.setdefault(entry.file, set()).add(entry.key or name)
-    with_base = wanted.pop(WITH_BASE, set())
+        wanted.setdefault(entry.file, {})[entry.key or name] = name
+    with_base = wanted.pop(WITH_BASE, {})
     found = []
     for file, names in sorted(wanted.items()):
         header = read_header(directory / file)
-        same_names(names, {tensor.name for tensor in header.tensors} - set(manifest.extras), f"`{header.path}`")
+        same_names(set(names), {tensor.name for tensor in header.tensors} - set(manifest.extras), f"`{header.path}`")
         found.append((file, header))
     if base is not None:
+        left = set(with_base)
         for header in check_checkpoint(base):
             infos = tuple(info for info in header.tensors if info.name in with_base)
-            with_base -= {info.name for info in infos}
+            left -= {info.name for info in infos}
             found += [(WITH_BASE, replace(header, tensors=infos))] if infos else []
-        if with_base:
+        if left:
             raise CheckpointError.of(
                 "S448",
-                f"`{base}` is not the base of `{directory}`: it has no {min(with_base)}",
+                f"`{base}` is not the base of `{directory}`: it has no {min(left)}",
                 help="say where that is: `--base DIR`, or surgery.load(path, base=DIR)",
             )
+        wanted[WITH_BASE] = with_base
+    for file, header in found:
+        for info in header.tensors:
+            if info.name in wanted[file]:
+                manifest.check_form(wanted[file][info.name], info.dtype, info.shape)
     return found
 
 

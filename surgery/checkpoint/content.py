@@ -70,12 +70,13 @@ class Content:
     def entries(self, digests: Mapping[str, str]) -> dict[str, Entry]:
         """The manifest's account of the model's tensors. digests: by their names in the files."""
         home = {slot.name: file.name for file in self.files for slot in file.slots}
-        return {
-            name: Entry(WITH_BASE, digests[name], None if self.elsewhere[name] == name else self.elsewhere[name])
-            if name in self.elsewhere
-            else Entry(home[self.key(name)], digests[self.key(name)], self.packed.keys.get(name))
-            for name in self.held
-        }
+        found = {}
+        for name, one in self.held.items():
+            written = self.key(name)
+            file, key = (WITH_BASE, self.elsewhere[name]) if name in self.elsewhere else (home[written], written)
+            slot = slot_of(key, one.tensor)
+            found[name] = Entry(file, digests[written], None if key == name else key, slot.dtype, slot.shape)
+        return found
 
 
 def content(model: nn.Module, source: Path | None, elsewhere: Mapping[str, str] | None = None) -> Content:

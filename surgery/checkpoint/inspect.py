@@ -46,13 +46,17 @@ def inspect(directory: Path, base: str | Path | None = None) -> dict[str, Any]:
         words = ("quant_method", "bnb_4bit_quant_type")
         found["quantization"] = " ".join(str(quantization[word]) for word in words if quantization.get(word))
     if manifest is not None:
+        try:
+            steps, promises = [_step(step, tensors) for step in manifest.plan["steps"]], _promises(manifest.promises)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError.of("S440", f"`{directory / NAME}` is not a manifest of ours ({error})") from None
         found.update(
             model=manifest.model_class.rpartition(":")[2],
             version=manifest.version,
             origin=manifest.origin,
             program=manifest.program,
-            steps=[_step(step, tensors) for step in manifest.plan["steps"]],
-            promises=_promises(manifest.promises),
+            steps=steps,
+            promises=promises,
         )
         if manifest.base is not None:
             found["base"] = _base(directory, manifest, base)

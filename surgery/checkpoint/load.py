@@ -164,6 +164,8 @@ def _fill(held: dict[str, Held], manifest: Manifest, found: list[tuple[str, Head
             name = names.pop((file, key))
             put(held[name], _checked(name, tensor, manifest, held[name]))
     for name in names.values():  # of a base that was given
+        slot = files.slot_of(name, held[name].tensor)
+        manifest.check_form(name, slot.dtype, slot.shape)
         _checked(name, held[name].tensor, manifest, held[name])
     trainable = set(manifest.trainable)
     for name, one in held.items():

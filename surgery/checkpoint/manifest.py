@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,10 @@ BLAKE2 = 2  # the last format with such digests
 NAME = "surgery.json"
 BASE, ADDED = "model.safetensors", "surgery.safetensors"
 WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")  # BASE, or the shards of its index
+KINDS: Mapping[str, Any] = {
+    "format": int, "version": str, "program": str, "seed": int, "plan": dict, "model_class": str, "origin": str | None,
+    "ties": dict, "shape": str, "settings": dict, "promises": dict | None,
+}  # fmt: skip
 WITH_BASE = "base"  # what stands for the file of a tensor that lies where the base lies
 
 
@@ -28,12 +32,14 @@ class Entry:
     """One tensor: its file, digest (BLAKE3, 128 bits, of the bytes in the file) and key there.
 
     file: WITH_BASE where it lies in some file of the base. key: its name in the file where that differs from its name
-    in the model.
+    in the model. dtype, shape: as the file says them; up to format 2 they were not written down.
     """
 
     file: str
     digest: str
     key: str | None = None
+    dtype: str | None = None
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,17 +101,16 @@ class Manifest:
         """Errors: for a tensor with another digest than the one that was written, S412, or S448 one of the base."""
         entry = self.tensors[name]
         text = found.text if isinstance(found, Digest) else digest(found, former=self.format <= BLAKE2)
-        if text == entry.digest:
-            return
-        if entry.file == WITH_BASE:
-            raise CheckpointError.of(
-                "S448",
-                f"the base has changed: {name} has digest {text[:8]}, and had {entry.digest[:8]} when this was saved",
-                help="say where the one lies that it was: `--base DIR`, or surgery.load(path, base=DIR)",
-            )
-        raise CheckpointError.of(
-            "S412", f"{name} is not what was saved: its digest differs", help="copy the directory again"
-        )
+        if text != entry.digest:
+            raise _changed(name, entry, "digest", text[:8], entry.digest[:8])
+
+    def check_form(self, name: str, dtype: str, shape: Sequence[int]) -> None:
+        """As `check`, of the dtype and shape that a file says of a tensor: the same bytes may be other numbers."""
+        entry = self.tensors[name]
+        if entry.dtype not in (None, dtype):
+            raise _changed(name, entry, "dtype", dtype, entry.dtype)
+        if entry.shape not in (None, tuple(shape)):
+            raise _changed(name, entry, "shape", tuple(shape), entry.shape)
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -136,15 +141,29 @@ class Manifest:
             data["inactive"] = tuple(map(str, data.get("inactive", ())))
             data["base"] = Base(**data["base"]) if data.get("base") else None
             manifest = cls(**data)
+            if wrong := [name for name, kind in KINDS.items() if not isinstance(getattr(manifest, name), kind)]:
+                raise TypeError(wrong[0])
+            if manifest.plan.get("program", manifest.program) != manifest.program:
+                raise ValueError("the plan is of another program")
             if manifest.base is None and any(entry.file == WITH_BASE for entry in manifest.tensors.values()):
                 raise ValueError("no base")
             if manifest.base and not all(isinstance(path, str | None) for path in vars(manifest.base).values()):
                 raise TypeError("base")
-            if not isinstance(manifest.program, str) or not isinstance(manifest.plan, dict):
-                raise TypeError("program or plan")
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise CheckpointError.of("S440", f"`{path}` is not a manifest of ours ({error})") from None
         return manifest
+
+
+def _changed(name: str, entry: Entry, what: str, now: object, before: object) -> CheckpointError:
+    if entry.file == WITH_BASE:
+        return CheckpointError.of(
+            "S448",
+            f"the base has changed: {name} has {what} {now}, and had {before} when this was saved",
+            help="say where the one lies that it was: `--base DIR`, or surgery.load(path, base=DIR)",
+        )
+    return CheckpointError.of(
+        "S412", f"{name} is not what was saved: its {what} differs", help="copy the directory again"
+    )
 
 
 def keep_promises(directory: Path, promises: Mapping[str, Any]) -> None:
@@ -175,4 +194,6 @@ def _entry(data: Mapping[str, Any]) -> Entry:
     entry = Entry(**data)
     if entry.file not in (ADDED, WITH_BASE) and not WEIGHTS.fullmatch(entry.file):
         raise ValueError(f"file {entry.file}")
-    return entry
+    if not isinstance(entry.digest, str) or not all(isinstance(one, str | None) for one in (entry.key, entry.dtype)):
+        raise TypeError(f"a tensor of {entry.file}")
+    return entry if entry.shape is None else replace(entry, shape=tuple(entry.shape))

@@ -11,7 +11,7 @@ from surgery.checkpoint.header import INDEX
 from surgery.checkpoint.inventory import inventory
 from surgery.checkpoint.layout import FileLayout, Slot, shard_size, shards, write_index
 from surgery.checkpoint.load import load_either
-from surgery.checkpoint.manifest import NAME, WEIGHTS, WITH_BASE, Entry, Manifest
+from surgery.checkpoint.manifest import NAME, WEIGHTS, WITH_BASE, Manifest
 from surgery.checkpoint.sink import Sink
 from surgery.checkpoint.source import Source
 from surgery.checkpoint.staging import resumed
@@ -45,7 +45,7 @@ def stream_standalone(
             shutil.copyfile(directory / path, partial / path)
         if manifest.base is not None:
             write_index(partial, work.files)
-            copied = {name: Entry(file, manifest.tensors[name].digest) for name, file in sink.home.items()}
+            copied = {name: replace(manifest.tensors[name], file=file, key=None) for name, file in sink.home.items()}
             replace(manifest, tensors={**manifest.tensors, **copied}, base=None).write(partial / NAME)
 
 

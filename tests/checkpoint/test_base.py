@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.checkpoint.base import digest_of
+from surgery.checkpoint.inspect import inspect
 from surgery.checkpoint.manifest import Manifest
 from surgery.checkpoint.models import load, load_meta
 from surgery.checkpoint.streaming import stream, whole_because
@@ -202,6 +204,27 @@ def test_a_base_that_has_changed_is_refused_everywhere(base: Path, tmp_path: Pat
     assert digest == digest_of(Manifest.read(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("what", ["dtype", "shape"])
+def test_a_base_of_other_numbers_with_the_same_bytes_is_refused(what: str, base: Path, tmp_path: Path) -> None:
+    """Digests are of bytes: another dtype or shape in a header makes another model of them."""
+    applied("lora rank 2 on all linear", base, tmp_path / "out")
+    path = min(base.glob("*.safetensors"))
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = next(name for name in header if "proj" in name)
+    rows, columns = header[name]["shape"]
+    header[name] |= {"shape": [columns, rows]} if what == "shape" else {"dtype": "F16"}
+    path.write_bytes(data[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(length) + data[8 + length :])
+    export: Callable[..., Any] = partial(surgery.export, path=tmp_path / "alone", to="standalone")
+    for call in (surgery.load, export):
+        assert f"{name} has {what}" in refused("S448", call, tmp_path / "out")
+    assert f"{name} has {what}" in inspect(tmp_path / "out")["base"]["missing"]
+    given = zoo.tiny("llama", dtype=torch.float16)
+    shutil.rmtree(base)
+    assert "dtype F16" in refused("S448", surgery.load, tmp_path / "out", given)
+
+
 def test_another_model_is_not_the_base(base: Path, tmp_path: Path) -> None:
     applied("lora rank 2 on all linear", base, tmp_path / "out")
     shallow = saved("llama", tmp_path / "shallow", num_hidden_layers=1)
@@ -288,3 +311,10 @@ def test_a_manifest_with_a_strange_base_is_refused(base: Any, tmp_path: Path) ->
     data = json.loads((tmp_path / "out" / "surgery.json").read_text())
     (tmp_path / "out" / "surgery.json").write_text(json.dumps({**data, "base": base}))
     refused("S440", surgery.load, tmp_path / "out")
+
+
+def test_a_base_in_a_place_that_the_system_refuses_is_not_there(tmp_path: Path) -> None:
+    applied("lora rank 2 on attn.q", saved("llama", tmp_path / "base"), tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "surgery.json").read_text())
+    (tmp_path / "out" / "surgery.json").write_text(json.dumps({**data, "base": {"path": "x" * 5000}}))
+    refused("S447", surgery.load, tmp_path / "out")

@@ -14,6 +14,7 @@ import surgery
 from surgery.checkpoint.compare import compare
 from surgery.checkpoint.manifest import FORMAT, NAME
 from surgery.checkpoint.merging import merged_shapes, stream_merge
+from surgery.checkpoint.tensors import NAMES
 from surgery.errors import CheckpointError
 from surgery.graph.digest import bytes_of, digest
 from tests import zoo
@@ -22,7 +23,8 @@ PROGRAM = "lora rank 2 on attn; quantize ffn nf4"
 
 
 def made_former(directory: Path, format: int, base: Path) -> None:
-    """The manifest as an earlier version wrote it: BLAKE2b of every tensor, and no word of a base in the first one."""
+    """The manifest as an earlier version wrote it: BLAKE2b of every tensor, and no dtype or shape; the first one has no
+    word of a base."""
     data = json.loads((directory / NAME).read_text())
     assert data["format"] == FORMAT == 3
     data["format"] = format
@@ -36,6 +38,7 @@ def made_former(directory: Path, format: int, base: Path) -> None:
                     tensor = opened.get_tensor(key)
         assert entry["digest"] == digest(tensor)
         entry["digest"] = hashlib.blake2b(bytes_of(tensor), digest_size=16).hexdigest()
+        assert (entry.pop("dtype"), entry.pop("shape")) == (NAMES[tensor.dtype], list(tensor.shape))
     (directory / NAME).write_text(json.dumps(data))
 
 

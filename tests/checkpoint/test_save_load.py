@@ -239,6 +239,21 @@ def test_one_flipped_bit_is_noticed(out: Path) -> None:
     refused(out, "S412")
 
 
+@pytest.mark.parametrize("said", [{"dtype": "I32"}, {"shape": [24, 2]}])
+def test_other_numbers_of_the_same_bytes_are_noticed(said: dict[str, Any], out: Path) -> None:
+    """Digests cannot see it: the file says another dtype or shape than was saved."""
+    with (out / "surgery.safetensors").open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        name = next(name for name, info in header.items() if info.get("shape") == [2, 24])
+        header[name] |= said
+        text = json.dumps(header, separators=(",", ":")).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
+    refused(out, "S412")
+
+
 def test_missing_and_unexpected_tensors_are_refused(out: Path) -> None:
     """Nothing is filled in or left out silently."""
     tensors = load_file(out / "surgery.safetensors")
@@ -259,6 +274,27 @@ def test_manifest_that_does_not_fit_is_refused(out: Path) -> None:
     (out / "surgery.json").unlink()
     refused(out, "S440")
     refused(out / "nowhere", "S401")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": "3"}, {"format": None}, {"version": 1}, {"program": 3}, {"program": "ia3"}, {"seed": "0"},
+        {"plan": {}}, {"plan": {"steps": [1]}}, {"model_class": 3}, {"origin": 3}, {"ties": []}, {"shape": None},
+        {"settings": [1]}, {"promises": []}, {"trainable": 3}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_a_manifest_of_other_kinds_is_refused(changes: dict[str, Any], out: Path) -> None:
+    edit(out, **changes)
+    refused(out, "S440")
+
+
+@pytest.mark.parametrize("changes", [{"digest": 3}, {"digest": None}, {"key": 4}, {"dtype": 1}, {"shape": 2}])
+def test_an_entry_of_other_kinds_is_refused(changes: dict[str, Any], out: Path) -> None:
+    tensors = json.loads((out / "surgery.json").read_text())["tensors"]
+    tensors[min(tensors)] |= changes
+    edit(out, tensors=tensors)
+    refused(out, "S440")
 
 
 def test_manifest_cannot_name_files_elsewhere(out: Path) -> None:

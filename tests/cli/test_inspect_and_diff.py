@@ -40,6 +40,15 @@ def test_inspect_tells_what_was_done(results: Path, run: Run) -> None:
     assert "all kept" in run("inspect", str(results / "out")).out
 
 
+@pytest.mark.parametrize("changes", [{"plan": {}}, {"plan": {"steps": [1]}}, {"promises": {"findings": 3}}])
+def test_inspect_tells_what_it_cannot_read(changes: dict[str, object], results: Path, run: Run) -> None:
+    path = results / "out" / "surgery.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    outcome = run("inspect", str(results / "out"))
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "S440" in outcome.err
+
+
 def test_inspect_tells_of_an_ordinary_directory(results: Path, run: Run) -> None:
     found = json.loads(run("inspect", str(results / "base"), "--json").out)
     assert "program" not in found

@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from surgery.checkpoint.handles import Handles
 from surgery.checkpoint.layout import FileLayout
 from surgery.checkpoint.tensors import Tell, silent
 from surgery.graph.digest import Digest, bytes_of, digest
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from typing_extensions import Self
 
     from surgery.checkpoint.source import Source
 
 
-class Sink:
+class Sink(Handles[str]):
     """The files of a directory, open for writing.
 
     digests: of what was written so far, by name, where they are `wanted`. late: what was given of the late ones.
@@ -29,22 +28,15 @@ class Sink:
     def __init__(
         self, directory: Path, files: Sequence[FileLayout], *, wanted: bool = True, tell: Tell = silent
     ) -> None:
+        super().__init__()
         self.directory, self.files, self.wanted, self.tell = directory, tuple(files), wanted, tell
         self.digests: dict[str, str] = {}
         self.late: dict[str, bytes] = {}
         self.notes: dict[str, Any] = {}
         self.home: dict[str, str] = {slot.name: file.name for file in files for slot in file.slots}
         self._places = {name: (file.name, place) for file in files for name, place in file.places().items()}
-        self._open: dict[str, int] = {}
         for file in files:
-            self._open[file.name] = os.open(directory / file.name, os.O_RDWR | os.O_CREAT, 0o666)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
+            self.open(file.name, directory / file.name, os.O_RDWR | os.O_CREAT)
 
     def write(self, values: Mapping[str, Tensor | bytes]) -> list[str]:
         """Write tensors; bytes are what is late. Gives their names."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
+from surgery.checkpoint.handles import Handles
 from surgery.checkpoint.header import Header, TensorInfo
 from surgery.checkpoint.tensors import DTYPES
 from surgery.errors import CheckpointError
@@ -16,34 +16,21 @@ from surgery.graph.digest import bytes_of, digest
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from typing_extensions import Self
-
 STRETCH = 1 << 19  # bytes copied at a time: what a processor's cache holds between reading, hashing and writing
 
 
-class Source:
+class Source(Handles[Path]):
     """The tensors of some files, open for reading by any number of threads."""
 
     def __init__(self, headers: Iterable[Header]) -> None:
+        super().__init__()
         self.infos: dict[str, TensorInfo] = {}
         self._files: dict[str, Path] = {}
-        self._open: dict[Path, int] = {}
         for header in headers:
-            self._open[header.path] = os.open(header.path, os.O_RDONLY)
+            self.open(header.path, header.path, os.O_RDONLY)
             for info in header.tensors:
                 self.infos[info.name] = info
                 self._files[info.name] = header.path
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close all files."""
-        while self._open:
-            os.close(self._open.popitem()[1])
 
     def fingerprint(self) -> dict[str, object]:
         """What there is to read, by names, sizes, times and headers, and who reads it."""

@@ -17,6 +17,7 @@ from surgery.checkpoint.source import Source
 from surgery.checkpoint.staging import resumed
 from surgery.checkpoint.tensors import Tell, silent
 from surgery.checkpoint.work import work_through
+from surgery.errors import CheckpointError
 
 
 def stream_standalone(
@@ -27,9 +28,15 @@ def stream_standalone(
     The base's tensors lie as `save` lays them out; the other files of `directory` come along as they are, hidden ones
     aside. Of a result that has all of its tensors itself that is a copy. No model is loaded.
     base: as of `load`. tell: called with the number of bytes read since its last call.
-    Errors: those of `load`; S430 to S435 as `staging.resumed` says.
+    Errors: those of `load`; S430 to S435 as `staging.resumed` says, S431 also inside of `directory`.
     """
     manifest = Manifest.read(directory)
+    if directory.resolve() in output.expanduser().resolve().parents:
+        raise CheckpointError.of(
+            "S431",
+            f"`{output}` is inside `{directory}`, and what is in that comes along",
+            help="choose a place beside it, or the same one with --force",
+        )
     work = Completing(directory, manifest, base)
     fingerprint = {"program": ["standalone", str(directory.resolve())], **work.source.fingerprint()}
     size = sum(file.size for file in work.files) + sum((directory / path).stat().st_size for path in work.beside)

@@ -156,6 +156,20 @@ def test_in_place_of_what_referred(base: Path, tmp_path: Path, run: Run) -> None
     nothing_but("out", place=tmp_path)
 
 
+def test_not_inside_of_what_it_is_made_of(base: Path, tmp_path: Path, run: Run) -> None:
+    """It would come along with the next one."""
+    applied("lora rank 2 on attn", base, tmp_path / "out")
+    before = files(tmp_path / "out")
+    (tmp_path / "link").symlink_to("out")
+    for place in ("out/whole", "link/whole", "out/../out/whole"):
+        done = run("export", "out", "--to", "standalone", "-o", place)
+        assert (done.status, done.out) == (2, "")
+        assert "S431" in done.err
+        assert "is inside `out`" in done.err
+    assert files(tmp_path / "out") == before
+    assert run("export", "out", "--to", "standalone", "-o", "outside").status == 0
+
+
 @pytest.mark.parametrize("program", ["lora rank 2 on attn", "quantize base nf4 double; lora rank 2 on attn"])
 def test_what_stands_alone_already_is_copied(program: str, base: Path, tmp_path: Path, run: Run) -> None:
     applied(program, base, tmp_path / "out", standalone=True)

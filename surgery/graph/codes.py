@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.graph.functions import linear_as
+from surgery.graph.jit import available
 
 NESTED_BLOCK = 256
 LARGEST = 127  # of 8-bit codes
@@ -31,12 +31,12 @@ def encode(weight: Tensor, format: str, block: int, double: bool) -> tuple[Tenso
     """bitsandbytes' codes (ceil(numel / 2), 1) uint8 and quantization state of a (out, in) weight.
 
     A float64 weight is narrowed to float32 first, which is the widest that bitsandbytes reads. On a CPU our own encoder
-    gives the same bytes sooner, where numba is installed.
+    gives the same bytes sooner, where numba can be used.
     """
     import bitsandbytes.functional as bnb
 
     narrow = weight.to(torch.float32) if weight.dtype == torch.float64 else weight
-    if weight.device.type == "cpu" and weight.numel() % block == 0 and find_spec("numba") is not None:
+    if weight.device.type == "cpu" and weight.numel() % block == 0 and available():
         from surgery.graph.encode import encode_blocks
 
         levels = bnb.get_4bit_type(format, device="cpu")

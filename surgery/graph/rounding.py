@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from surgery.graph import scratch
+from surgery.graph.jit import available
 from surgery.graph.matrix import Matrix, Stored
 
 
@@ -88,14 +87,9 @@ def rounded(
     return whole, None if base is None else found
 
 
-@cache
-def _has_numba() -> bool:
-    return find_spec("numba") is not None
-
-
 def _measured(exact: Tensor, place: Tensor, base: Matrix, where: tuple[slice, slice], turned: bool) -> Rounding:
-    """As `measured`, of one block as it is stored; sooner where numba is installed."""
-    if isinstance(base, Stored) and _has_numba():
+    """As `measured`, of one block as it is stored; sooner where numba can be used."""
+    if isinstance(base, Stored) and available():
         from surgery.graph.measure import measure, takes
 
         stored = base.tensor[where].t() if turned else base.tensor[where]

@@ -55,4 +55,6 @@ def takes(exact: Tensor, rounded: Tensor, base: Tensor) -> bool:
 def measure(exact: Tensor, rounded: Tensor, base: Tensor) -> tuple[int, int, float, float]:
     """How many entries change, how many of them rounding left alone, and squared norms of the change and the error."""
     bits = [each.detach().view(-1).view(torch.uint16).numpy() for each in (rounded, base)]
-    return _measure(exact.detach().view(-1).numpy(), *bits, rounded.dtype == torch.bfloat16, _values(rounded.dtype))  # type: ignore[no-any-return]
+    brain = rounded.dtype == torch.bfloat16
+    changed, left, effect, error = _measure(exact.detach().view(-1).numpy(), *bits, brain, _values(rounded.dtype))
+    return int(changed), int(left), float(effect), float(error)  # numpy's own where numba is told not to compile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -57,6 +58,15 @@ def test_what_is_no_number_is_seen(dtype: torch.dtype) -> None:
     _, _, effect, error = measure.measure(exact, exact.to(dtype), base)
     assert effect == pytest.approx(1e60)
     assert (error == math.inf) == (dtype == torch.float16)
+
+
+def test_figures_can_be_written_down_where_numba_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NUMBA_DISABLE_JIT, for debuggers: the function runs as it is."""
+    exact, result, base = block(torch.bfloat16, 1e-3)
+    compiled = measure.measure(exact, result, base)
+    monkeypatch.setattr(measure, "_measure", measure._measure.py_func)
+    found = measure.measure(exact, result, base)
+    assert json.loads(json.dumps(found)) == pytest.approx(list(compiled))
 
 
 def test_other_blocks_are_left_to_torch() -> None:

@@ -70,15 +70,15 @@ def handed_over_where_it_is_so(case: Case) -> None:
     assert isinstance(asked, Require)
     unit = asked.bound.unit or asked.bound.of
     found = counted(asked.verb, free, case, unit)
-    found /= counted(asked.verb, case.build(), case, unit) if unit == "base" else 1
+    one = counted(asked.verb, case.build(), case, unit) if unit == "base" else 1000 if unit == "kB" else 1
     near = (0.98, 1.02) if asked.verb == "require perplexity" else (0.98, 1.0, 1.02)
     answers = set()
     for factor in near if found else (1.0, 2.0):
-        bound = found * factor if found else factor - 1
+        bound = found * factor / one if found else factor - 1
         program = Program((*rest, replace(said, operation=_bounded(asked, bound))), seed=case.program.seed)
         model = case.build()
         before = bits(model)
-        wanted = TRUE[asked.bound.relation](found, bound)
+        wanted = TRUE[asked.bound.relation](found, bound * one)  # a ratio of numbers is rounded
         answers.add(wanted)
         if wanted:
             made = case.apply(program, model)
@@ -105,7 +105,7 @@ def counted(verb: str, model: Any, case: Case, unit: str) -> float:
     if verb == "require size":
         held = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.state_dict().values()}
         held |= {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.buffers()}
-        return sum(held.values()) / (1 if unit == "base" else 1000)
+        return sum(held.values())
     if verb == "require zeros":
         names = ("ffn.down.weight", "attention.o.weight")
         read = [tensor for name, tensor in model.state_dict().items() if name.endswith(names)]

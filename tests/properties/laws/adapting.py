@@ -134,7 +134,9 @@ def starts_are_the_nearest(case: Case) -> None:
     """LoftQ wins back all that its rank can of what its codes lose, in one turn what codes alone do; PiSSA leaves
     them the rest of the weight, of which they lose what they would of any weight.
 
-    That they lose less of that rest than of the whole is so of most matrices, and not of every small one.
+    That they lose less of that rest than of the whole is so of most matrices, and not of every small one. Where several
+    parts of one matrix start so, codes of the first are made once more with those of the next (blocks and their scales
+    reach over both): there it is the least that can be lost.
     """
     quantize, adapter = case.program.statements
     lora: Any = adapter.operation
@@ -145,8 +147,8 @@ def starts_are_the_nearest(case: Case) -> None:
     for name, weight in rest.named_parameters():
         weight.data -= merged[name] - held[name]
     left = _weights(case.apply(Program((quantize,)), copy.deepcopy(rest)))
-    plan = case.plan()
-    for part in (part for step in plan.steps if isinstance(step.operation, Lora) for part in step.parts):
+    parts = [part for step in case.plan().steps if isinstance(step.operation, Lora) for part in step.parts]
+    for part in parts:
         name = f"{part.path}.weight"
         rows = torch.cat([torch.arange(*run) for run in part.channels or ((0, part.shape[0]),)])
         weight = base.get_parameter(name).detach()[rows]
@@ -158,7 +160,9 @@ def starts_are_the_nearest(case: Case) -> None:
             wanted = torch.linalg.svdvals(weight - held[name][rows])[lora.rank :].norm()
             assert lora.init.value > 1 or lost < (alone[name][rows] - weight).norm()
         slack = torch.finfo(torch.float32).eps * weight.norm()  # the widest that becomes codes
-        assert (lost - wanted).abs() <= slack, f"{lost:.3e} of {name} is lost, and not {wanted:.3e}"
+        exact = lora.init == "pissa" or [other.path for other in parts].count(part.path) == 1
+        assert lost >= wanted - slack, f"{lost:.3e} of {name} is lost, less than its rank can"
+        assert not exact or lost <= wanted + slack, f"{lost:.3e} of {name} is lost, and not {wanted:.3e}"
 
 
 @torch.no_grad()

@@ -7,13 +7,15 @@ same shape; a layer that looks like an earlier one of its list becomes an `Echo`
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+
+T = TypeVar("T")
 
 SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 
@@ -201,6 +203,21 @@ def shadow(model: nn.Module, *, once: bool = True) -> Shadow:
 
     double(model, "")
     return Shadow(copy.deepcopy(model, memo).eval(), copies)
+
+
+def on_shapes(run: Callable[[], T]) -> T:
+    """What a run on the meta device gives. Tensors that the code makes without saying where are made there, too, if the
+    run stumbles over them."""
+    try:
+        return run()
+    except Exception as error:
+        if "meta" not in str(error):
+            raise
+        try:
+            with torch.device("meta"):
+                return run()
+        except Exception:
+            raise error from None
 
 
 def remember(place: list[Any]) -> Any:

@@ -22,9 +22,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from surgery.anatomy.einsum import Products
 from surgery.anatomy.failure import failure
 from surgery.anatomy.mutation import dependencies, written
-from surgery.anatomy.shadow import Shadow, shadow
+from surgery.anatomy.shadow import Shadow, on_shapes, shadow
 
 EXPORTING = threading.RLock()  # what is silenced is the process's
 CALL = re.compile(r"@\d+")
@@ -37,7 +38,8 @@ class Trace:
 
     weights: placeholder node -> name of the parameter or buffer in the shadow (one name of several where tied).
     given: placeholder node -> the example tensor it stands for.
-    buffers: placeholder node -> a buffer of the model that has values and keeps them: a triangle, positions.
+    buffers: placeholder node -> a buffer of the model, a tensor in a plain attribute or one that the code makes of
+        numbers, that has values and keeps them: a triangle, positions.
     reads, readers: what each node depends on and what depends on it, writes into memory included.
     writes: (node, operand) -> what wrote into the operand's memory before the node reads it.
     """
@@ -68,11 +70,13 @@ def trace(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     """Export the model's shadow. Raises ModelError S202 naming the module and the line that cannot be exported."""
     with quiet():
         try:
-            return attempt(model, shadow(model), arguments, keywords)
+            double = shadow(model)
+            return on_shapes(lambda: attempt(model, double, arguments, keywords))
         except Exception:
             # A model whose forward cannot do without some layer: take the long way before giving up.
             try:
-                return attempt(model, shadow(model, once=False), arguments, keywords)
+                double = shadow(model, once=False)
+                return on_shapes(lambda: attempt(model, double, arguments, keywords))
             except Exception as error:
                 raise failure(model, error) from error
 
@@ -88,9 +92,10 @@ def attempt(model: nn.Module, double: Shadow, arguments: tuple[Any, ...], keywor
     takes = inspect.signature(double.module.forward).parameters
     if hasattr(config, "to_dict") and "use_cache" in takes:
         keywords = {**keywords, "use_cache": False}
-    program = torch.export.export(
-        double.module, pytree.tree_map(on_meta, arguments), pytree.tree_map(on_meta, keywords), strict=False
-    )
+    with Products():
+        program = torch.export.export(
+            double.module, pytree.tree_map(on_meta, arguments), pytree.tree_map(on_meta, keywords), strict=False
+        )
     inline(program.graph_module)
     signature = program.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -106,7 +111,8 @@ def attempt(model: nn.Module, double: Shadow, arguments: tuple[Any, ...], keywor
     users = set(signature.user_outputs)
     weights = {placeholders[name]: target for name, target in named.items() if name in placeholders}
     changing = written(list(program.graph.nodes))
-    real = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if not buffer.is_meta}
+    held = {**program.constants, **dict(kept(model))}
+    real = {name: value for name, value in held.items() if isinstance(value, torch.Tensor) and not value.is_meta}
     last = next(node for node in program.graph.nodes if node.op == "output")
     outputs = [node for node in last.all_input_nodes if node.name in users]
     return Trace(
@@ -122,6 +128,14 @@ def attempt(model: nn.Module, double: Shadow, arguments: tuple[Any, ...], keywor
             **{node: HIDDEN for node in placeholders.values() if hides(node)},
         },
     )
+
+
+def kept(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What modules hold but for parameters: buffers, and plain attributes."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, value in (*module._buffers.items(), *vars(module).items()):
+            if not isinstance(value, nn.Parameter):
+                yield f"{path}.{name}".lstrip("."), value
 
 
 def multiply_experts(double: nn.Module, how: str) -> None:

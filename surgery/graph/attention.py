@@ -78,6 +78,8 @@ class AttentionDraft(AnyDraft[Rewritten]):
             self.graph = self._traced(module)
             for name, mode in self.graph.modes.items():  # type: ignore[attr-defined]
                 self.root.add_module(name, mode)
+            for name, constant in self.graph.constants.items():  # type: ignore[attr-defined]
+                self.root.register_buffer(name, constant.detach(), persistent=False)
             self._mark(attention_trace.landmarks(self.graph, module, part.path))
             if self.standing is not None:
                 take_base(self.root, self.original, self.standing)

@@ -14,6 +14,7 @@ from torch.utils import _pytree
 
 from surgery.anatomy.inputs import example
 from surgery.anatomy.parts import Anatomy
+from surgery.anatomy.shadow import on_shapes
 from surgery.graph.attention_interface import through_interface
 
 
@@ -39,7 +40,7 @@ def observed(anatomy: Anatomy, model: nn.Module, example_inputs: tuple[Any, ...]
         known = example(model) if example_inputs is None else example_inputs
         inputs = _pytree.tree_map(lambda each: each.to("meta") if isinstance(each, Tensor) else each, known)
         with torch.no_grad():
-            shape(**inputs) if isinstance(inputs, Mapping) else shape(*inputs)
+            on_shapes(lambda: shape(**inputs) if isinstance(inputs, Mapping) else shape(*inputs))
     except Exception:
         return anatomy
     parts = (replace(part, given=given[part.path]) if part.path in given else part for part in anatomy.parts)

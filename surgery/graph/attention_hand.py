@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from surgery.errors import GraphError
 from surgery.graph.attention_math import like
-from surgery.graph.attention_trace import scale_chain
+from surgery.graph.attention_trace import NUMBER, scale_chain
 
 MASKING: set[Any] = {
     operator.add,
@@ -30,6 +30,19 @@ MASKING: set[Any] = {
 }
 
 
+OF_EACH: set[Any] = {
+    torch.exp,
+    torch.clamp,
+    "exp",
+    "clamp",
+    "abs",
+    "sigmoid",
+    "sqrt",
+    "to",
+    "float",
+}  # number by number
+
+
 def scores_of(query: Tensor, prefix: Tensor, heads: int) -> Tensor:
     """query @ prefix^T for each head: (..., queries, n)."""
     return torch.matmul(query, like(prefix, query, heads).transpose(-2, -1))
@@ -45,11 +58,9 @@ def scaled_scores(scores: fx.Node, key: fx.Node, heads: int, path: str, call: Ca
     before = product
     for step in steps:
         others = [each for each in step.all_input_nodes if each is not before]
-        if step.target in MASKING and others:
-            pass
-        elif all(_is_number(each) for each in others):
+        if all(_is_number(each) for each in others):
             result = _again(step, before, result, result)
-        else:
+        elif step.target not in MASKING:
             raise GraphError.of(
                 "S344",
                 f"the attention at {path} changes its scores by neither a scale nor a mask: `{step.format_node()}`",
@@ -87,9 +98,11 @@ def _between(core: fx.Node, out: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _is_number(node: fx.Node) -> bool:
-    """Whether a node's value is a number (or several) got from sizes and constants."""
-    if node.target == "size" or (node.target is getattr and node.args[1] == "shape"):
+    """Whether a node's value is a number (or several) got from sizes and constants, the same for every key."""
+    if NUMBER in node.meta or node.target == "size" or (node.target is getattr and node.args[1] == "shape"):
         return True
     of_numbers = getattr(node.target, "__module__", "") in ("math", "_operator", "builtins")
     sources = node.all_input_nodes
+    if node.target in OF_EACH:
+        return all(map(_is_number, sources))
     return node.op == "call_function" and of_numbers and bool(sources) and all(map(_is_number, sources))

@@ -1,6 +1,6 @@
 """Attention calls in plain torch code: the module that makes one is traced, and the call in its graph is found.
 
-Two forms are known: `scaled_dot_product_attention`, and matmul -> (scale, mask) -> softmax -> matmul. Children stay
+Two forms are known: `scaled_dot_product_attention`, and product -> (scale, mask) -> softmax -> product. Children stay
 calls, so what they are (rewritten too, perhaps) does not matter here.
 """
 
@@ -8,44 +8,25 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from surgery.anatomy.einsum import shared
 from surgery.errors import GraphError
 from surgery.graph.attention_math import absent, attend
+from surgery.graph.tracer import Tracer, makers_traced
 
-PRODUCTS: set[Any] = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__"}
+PRODUCTS: set[Any] = {torch.matmul, torch.bmm, operator.matmul, shared, "matmul", "bmm", "__matmul__"}
 SOFTMAX: set[Any] = {F.softmax, torch.softmax, "softmax"}
 CONSTANTS = (bool, int, float, str)
-MAKERS = ("arange", "ones", "zeros", "full", "empty", "eye")
-
-
-class _Tracer(fx.Tracer):
-    """Every child is a call; what is split into a known number of pieces can be taken apart in any way."""
-
-    proxy_buffer_attributes = True  # `self.mask[:, :length]` with a traced length
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def iter(self, obj: Any) -> Iterator[Any]:
-        count = _pieces(obj.node)
-        return super().iter(obj) if count is None else (obj[place] for place in range(count))
-
-
-def _pieces(node: fx.Node) -> int | None:
-    """How many pieces a node gives, where its arguments say so."""
-    amount = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
-    if node.target in ("chunk", torch.chunk):
-        return amount if isinstance(amount, int) else None
-    if node.target in ("split", "split_with_sizes", torch.split):
-        return len(amount) if isinstance(amount, (tuple, list)) else None
-    return None
+NUMBER = "number"  # in the meta of a tensor that is the same for every key
+# Of what they read, they take the shape or the dtype and no number.
+SHAPED = (torch.full_like, torch.zeros_like, torch.ones_like, torch.empty_like, "size", "new_full", "new_tensor")
+FACTS = ("dtype", "device", "shape")
 
 
 def trace(module: nn.Module, path: str, given: frozenset[str] = frozenset()) -> fx.Graph:
@@ -71,11 +52,17 @@ def _trace(module: nn.Module, path: str, given: frozenset[str]) -> fx.Graph:
     defaults = {name: each.default for name, each in parameters.items() if name not in given}
     constant = {name: value for name, value in defaults.items() if value is None or isinstance(value, CONSTANTS)}
     try:
-        with _makers_traced():
-            graph = _Tracer().trace(module, constant)
+        with makers_traced():
+            tracer = Tracer()
+            graph = tracer.trace(module, constant)
+        graph.constants = tracer.constants  # type: ignore[attr-defined]
         for node in graph.find_nodes(op="placeholder"):
             name = str(node.target).removesuffix("_1")  # fx renames what it takes for constant
             node.target = name if name in constant else node.target
+        for node in graph.find_nodes(op="get_attr"):
+            held = tracer.constants.get(str(node.target), getattr(module, str(node.target), None))
+            if isinstance(held, Tensor) and held.shape[-1:] in ((), (1,)):
+                node.meta[NUMBER] = True
         return graph
     except Exception as error:
         line = _line(module, error)
@@ -84,30 +71,6 @@ def _trace(module: nn.Module, path: str, given: frozenset[str]) -> fx.Graph:
             f"cannot trace the attention of `{type(module).__name__}` at {path}{line}: {_why(error)}",
             help="its forward decides on values or takes what is no tensor; give the attention a module of its own",
         ) from None
-
-
-@contextmanager
-def _makers_traced() -> Iterator[None]:
-    """While tracing, `torch.ones(length, length)` with a traced length is a call in the graph, not a failure."""
-    kept = {name: getattr(torch, name) for name in MAKERS}
-    try:
-        for name, function in kept.items():
-            setattr(torch, name, _traceable(function))
-        yield
-    finally:
-        for name, function in kept.items():
-            setattr(torch, name, function)
-
-
-def _traceable(function: Callable[..., Any]) -> Callable[..., Any]:
-    def made(*args: Any, **kwargs: Any) -> Any:
-        proxies: list[fx.Proxy] = []
-        fx.node.map_aggregate((args, kwargs), lambda each: proxies.append(each) if isinstance(each, fx.Proxy) else None)
-        if not proxies:
-            return function(*args, **kwargs)
-        return proxies[0].tracer.create_proxy("call_function", function, args, kwargs)
-
-    return made
 
 
 def _why(error: Exception) -> str:
@@ -183,7 +146,7 @@ def landmarks(graph: fx.Graph, module: nn.Module, path: str) -> dict[str, fx.Nod
         raise GraphError.of(
             "S342",
             f"`{type(module).__name__}` at {path} has no attention call that can be rewritten",
-            help="known forms: F.scaled_dot_product_attention, or matmul, scale and mask, softmax, matmul",
+            help="known forms: F.scaled_dot_product_attention, or a product, scale and mask, softmax, a product",
         )
     if len(found) > 1:
         raise GraphError.of(
@@ -206,7 +169,8 @@ def _call(graph: fx.Graph, node: fx.Node, module: nn.Module) -> Iterator[dict[st
             query, key, value = product.args[0], product.args[1], out.args[1]
             operands = {"query": query, "transposed_key": key, "value": value, "scores": scores, "product": product}
             nodes = {name: each for name, each in operands.items() if isinstance(each, fx.Node)}
-            yield {**nodes, "core": node, "product_out": out, "out": out}
+            if all(_before(each, node) for each in nodes.values()):
+                yield {**nodes, "core": node, "product_out": out, "out": out}
 
 
 def _over_keys(module: nn.Module, node: fx.Node) -> bool:
@@ -262,9 +226,31 @@ def _reaches_product(node: fx.Node) -> bool:
         seen.add(each)
         if each.target in PRODUCTS:
             return True
-        if each.op == "call_function" or each.op == "call_method":
+        if each.op in ("call_function", "call_method") and not _takes_shape(each):
             pending += each.all_input_nodes
     return False
+
+
+def _takes_shape(node: fx.Node) -> bool:
+    return node.target in SHAPED or (node.target is getattr and node.args[1] in FACTS)
+
+
+def _before(node: fx.Node, core: fx.Node) -> bool:
+    """Move a node before another one, with all that it is made of; False where it is made of that one."""
+    behind, each = list[fx.Node](), core
+    while each.op != "output":
+        behind.append(each)
+        each = each.next
+    needed, pending = set[fx.Node](), [node]
+    while pending:
+        each = pending.pop()
+        if each in behind and each not in needed:
+            needed.add(each)
+            pending += each.all_input_nodes
+    for each in behind if core not in needed else ():
+        if each in needed:
+            core.prepend(each)
+    return core not in needed
 
 
 def _downstream(node: fx.Node) -> Iterator[fx.Node]:

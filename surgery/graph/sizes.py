@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from surgery.anatomy.groups import Group
 from surgery.anatomy.inputs import example
 from surgery.anatomy.paths import common, outward, within
-from surgery.anatomy.shadow import shadow
+from surgery.anatomy.shadow import on_shapes, shadow
 from surgery.anatomy.stacks import Lists
 from surgery.anatomy.streams import literals
 from surgery.anatomy.study import studied
@@ -267,7 +267,7 @@ def _stumbles(double: nn.Module, inputs: Any) -> str | None:
         given = example(double, torch.device("meta")) if inputs is None else inputs
         given = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, given)
         with torch.no_grad():
-            double(**given) if isinstance(given, Mapping) else double(*given)
+            on_shapes(lambda: double(**given) if isinstance(given, Mapping) else double(*given))
     except RuntimeError as error:
         told = str(error).splitlines()[0]
         return None if "meta" in told else f"shapes do not fit: {told}"

@@ -6,13 +6,15 @@ import ctypes
 import gc
 import multiprocessing
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -169,13 +171,40 @@ def _done(
     pool: ThreadPoolExecutor, units: Sequence[int], do: Callable[[int], Sequence[str]]
 ) -> Iterator[tuple[int, Sequence[str]]]:
     """Units as they are done, with what each wrote. Those that wait hold no memory yet."""
-    running = {pool.submit(do, unit): unit for unit in units}
+    running: dict[Future[Sequence[str]], int] = {}
+    finished: SimpleQueue[Future[Sequence[str]]] = SimpleQueue()
     try:
-        for future in as_completed(running):
+        with uninterrupted():
+            for unit in units:
+                future = pool.submit(do, unit)
+                running[future] = unit
+                future.add_done_callback(finished.put)
+        for _ in units:
+            future = finished.get()
             yield running[future], future.result()
     finally:
         for future in running:
             future.cancel()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside, Ctrl-C and the like wait for the end: raised while a pool hands out work, they leave its locks locked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in kept.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda *signaled: came.append(signaled))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for signaled, frame in came[:1]:
+            handlers[signal.Signals(signaled)](signaled, frame)
 
 
 def _commit(done: Iterator[tuple[int, Sequence[str]]], sink: Sink, journal: Journal) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
+from surgery.graph import cutting
 from surgery.verify.bounds import merge_bound, relative_error
 from tests import zoo
 from tests.operations.cut import TOKENS, decoder, generates_alike, largest, loaded_again, run, shapes, texts
@@ -257,3 +258,17 @@ def test_some_layers_of_a_real_decoder_in_bfloat16(smollm2: Any) -> None:
     widths = [layer.mlp.up_proj.out_features for layer in smollm2.model.layers]
     assert widths == [1152] * 15 + [1536] * 15
     assert not torch.equal(zoo.logits(smollm2, zoo.inputs(smollm2)), before)
+
+
+@pytest.mark.slow
+def test_a_wrong_cut_of_a_real_decoder_is_seen_in_bfloat16(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = cutting.narrow
+
+    def wrong(model: Any, cuts: Any) -> None:
+        narrow(model, cuts)
+        weight = model.model.layers[9].mlp.down_proj.weight
+        weight.data = weight.data.roll(1, 1)
+
+    monkeypatch.setattr(cutting, "narrow", wrong)
+    with pytest.raises(surgery.SurgeryError, match="S332"):
+        surgery.apply(surgery.parse("prune neurons 25% on ffn in layers 0..14"), smollm2)
